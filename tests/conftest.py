@@ -1,6 +1,7 @@
 """What every area's tests share: real data, golden files, two threads.
 
-Invariant: a test that needs real data either runs, is skipped with a line at the end of the run, or (EDGEPOSE_REQUIRE_DATA=1) fails.
+Invariant: a test that needs real data either runs, is skipped with a line at the end of the run, or fails under
+EDGEPOSE_REQUIRE_DATA=1.
 """
 
 from __future__ import annotations

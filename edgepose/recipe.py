@@ -1,0 +1,154 @@
+"""What a recipe says: which stages a checkpoint goes through on its way to a bundle, and with which settings.
+
+Invariant: a recipe is data. Reading one runs nothing and imports no builder; every field is honoured by the compiler,
+and a key that means nothing in its place (epochs beside `mode: ptq`) is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import msgspec
+
+from edgepose.profiles import find_profile, load_profile
+
+__all__ = [
+    "Export",
+    "Importance",
+    "Prune",
+    "QuantisationAware",
+    "QuantiseAfterTraining",
+    "Recipe",
+    "Scope",
+    "find_profile",
+    "load_recipe",
+]
+
+Importance = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
+Scope = Literal["global", "uniform"]
+
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+Epochs = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
+LearningRate = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Weight = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Images = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+
+class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Structured pruning, then fine-tuning with the unpruned network as teacher.
+
+    Attributes:
+        ratio: Fraction of the channels to remove; channel counts stay multiples of the targets' `round_to`.
+        importance: How channels are ranked.
+        scope: Rank over the whole network, or remove the same fraction everywhere.
+        keep: Layers that keep all their channels, as shell patterns of module names ("backbone.stem.*").
+        epochs: Fine-tuning after pruning; 0 leaves it out.
+        learning_rate: Peak of the fine-tuning's one-cycle schedule.
+        distill_weight: Share of the teacher's outputs in the fine-tuning loss; 0 looks at the labels only.
+    """
+
+    ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    importance: Importance = "taylor"
+    scope: Scope = "global"
+    keep: tuple[Text, ...] = ()
+    epochs: Epochs = 20
+    learning_rate: LearningRate = 1e-3
+    distill_weight: Weight = 0.5
+
+
+class QuantiseAfterTraining(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode", tag="ptq"
+):
+    """Quantisation whose ranges come from calibration images alone.
+
+    Attributes:
+        calibration_images: Persons of the training split that the ranges are measured on.
+        activations: "asymmetric" wastes no code after a ReLU, "symmetric" is all that TensorRT reads; "auto" is
+            symmetric where a target runs TensorRT and asymmetric elsewhere.
+        keep_float: Layers left in floating point, as shell patterns of module names.
+    """
+
+    calibration_images: Images = 300
+    activations: Literal["auto", "asymmetric", "symmetric"] = "auto"
+    keep_float: tuple[Text, ...] = ()
+
+
+class QuantisationAware(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode", tag="qat"
+):
+    """Quantisation whose ranges start from calibration and are then trained along with the weights.
+
+    Attributes:
+        calibration_images: Persons of the training split that the ranges start from.
+        activations: As for post-training quantisation.
+        keep_float: Layers left in floating point, as shell patterns of module names.
+        epochs: Fine-tuning with fake quantisation.
+        learning_rate: Peak of the fine-tuning's one-cycle schedule.
+        distill_weight: Share of the floating-point network's outputs in the loss; 0 looks at the labels only.
+    """
+
+    calibration_images: Images = 300
+    activations: Literal["auto", "asymmetric", "symmetric"] = "auto"
+    keep_float: tuple[Text, ...] = ()
+    epochs: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5
+    learning_rate: LearningRate = 2e-4
+    distill_weight: Weight = 0.5
+
+
+Quantise = QuantiseAfterTraining | QuantisationAware
+
+
+class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From torch to ONNX.
+
+    Attributes:
+        opset: Version of the ONNX operator set; 18 is the lowest that torch's exporter writes.
+    """
+
+    opset: Annotated[int, msgspec.Meta(ge=18, le=23)] = 18
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The way from a checkpoint to a bundle; stages that are left out do not happen.
+
+    Attributes:
+        name: Name of the recipe, also the default name of its bundles.
+        description: One line for people.
+        prune: Makes the network narrower.
+        quantise: Makes it integer.
+        export: Writes it down as ONNX.
+        targets: Devices to build engines for, by name of a target or path of a target file.
+        max_drop_points: Most points of `pck_torso_0.2` that may be lost against the checkpoint on `dev`, the part of
+            the training split that is held out for choices; more is exit code 3. Nothing means no limit.
+        seed: Seed of every random choice of the stages.
+    """
+
+    name: Text
+    description: Text
+    prune: Prune | None = None
+    quantise: Quantise | None = None
+    export: Export = Export()
+    targets: Annotated[tuple[Text, ...], msgspec.Meta(min_length=1)] = ("this-cpu",)
+    max_drop_points: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
+
+    def __post_init__(self) -> None:
+        repeated = sorted({target for target in self.targets if self.targets.count(target) > 1})
+        if repeated:
+            raise ValueError(f"the target {repeated[0]!r} twice in targets")
+
+
+def load_recipe(name_or_path: str, *, targets: Sequence[str] = ()) -> Recipe:
+    """The recipe called `name_or_path`.
+
+    Args:
+        name_or_path: A recipe that comes with edgepose, or the path of a YAML file (a slash, or .yaml at the end).
+        targets: Targets named on the command line; they replace the recipe's own.
+
+    Raises:
+        RecipeError: It cannot be found or does not decode; the text names file, line and key.
+    """
+    recipe = load_profile("recipes", name_or_path, Recipe)
+    chosen = tuple(dict.fromkeys(targets))
+    return msgspec.structs.replace(recipe, targets=chosen) if chosen else recipe

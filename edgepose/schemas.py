@@ -1,0 +1,59 @@
+"""JSON Schemas of recipes, targets and gate rules, so that editors complete and check the YAML files.
+
+Invariant: the schemas are generated from the structs that decode the files; a test fails while the files differ.
+
+    python -m edgepose.schemas --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgepose.profiles import profiles_root
+from edgepose.recipe import Recipe
+from edgepose.spec import Target
+from edgepose.storage import atomic_write
+
+STRUCTS: dict[str, Any] = {"recipe": Recipe, "target": Target}
+
+
+def schema_texts() -> dict[str, bytes]:
+    """The schemas as JSON, by file name."""
+    texts = {}
+    for name, struct in STRUCTS.items():
+        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"edgepose {name}"}
+        schema |= msgspec.json.schema(struct)
+        texts[f"{name}.json"] = msgspec.json.format(msgspec.json.encode(schema), indent=2) + b"\n"
+    return texts
+
+
+def stale_schemas(folder: Path) -> tuple[str, ...]:
+    """Names of the schema files in `folder` that are missing or differ from what the structs say today."""
+    return tuple(
+        name
+        for name, text in schema_texts().items()
+        if not (folder / name).is_file() or (folder / name).read_bytes() != text
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes the schemas, or says which are out of date (exit 1)."""
+    parser = argparse.ArgumentParser(prog="python -m edgepose.schemas", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the files instead of checking them")
+    write = parser.parse_args(arguments).write
+    folder = profiles_root() / "schemas"
+    stale = stale_schemas(folder)
+    for name in stale:
+        if write:
+            atomic_write(folder / name, schema_texts()[name])
+        print(f"{folder / name}: {'written' if write else 'out of date; run python -m edgepose.schemas --write'}")
+    return 1 if stale and not write else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
