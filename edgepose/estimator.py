@@ -1,0 +1,290 @@
+"""From a frame to the poses of its people: check, crop, infer once for all of them, decode, map back.
+
+Invariant: whatever is wrong with a frame or a box is said before anything is computed, and the caller's arrays are
+neither kept nor changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from edgepose.bundle import Bundle, check_engine, read_bundle
+from edgepose.errors import AnnotationError, BackendUnavailable, ImageError, MissingDependency, SpecError, UsageError
+from edgepose.pose.codec import decode
+from edgepose.pose.preprocess import crop_transforms, normalise, to_source, warp
+from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
+from edgepose.spec import Backend, Engine, ModelSpec, Poses, Precision, SimCC
+
+MAX_BATCH = 64
+"""People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
+
+_MAX_SIDE_PX = 32766  # OpenCV's warp counts source pixels in 16 bits
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatorInfo:
+    """What an estimator runs.
+
+    Attributes:
+        name: Name of the network.
+        backend: Runtime that executes it ("" for a session of the caller's own).
+        engine: The bundle's engine; None for a session of the caller's own.
+        bundle_digest: Digest of the bundle; empty without one.
+        threads: Threads it was opened with; 0 stands for all physical cores.
+        input_hw: Height and width of the network's input in pixels.
+        keypoints: Names, in output order.
+    """
+
+    name: str
+    backend: str
+    engine: Engine | None
+    bundle_digest: str
+    threads: int
+    input_hw: tuple[int, int]
+    keypoints: tuple[str, ...]
+
+
+class PoseEstimator:
+    """Finds the keypoints of the people in a frame; a context manager. One thread at a time may call it.
+
+    Args:
+        session: The loaded network; the estimator closes it.
+        spec: What it eats and says.
+        backend: Passed on in the poses.
+
+    Raises:
+        SpecError: The session does not fit the specification.
+    """
+
+    def __init__(self, session: Session, spec: ModelSpec, *, backend: str = "") -> None:
+        self._batch = _check_session(session, spec)
+        self._session = session
+        self._spec = spec
+        self._info = EstimatorInfo(spec.name, backend, None, "", 0, spec.preprocess.input_hw, spec.keypoints.names)
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | os.PathLike[str],
+        backend: Backend | None = None,
+        threads: int | None = None,
+        precision: Precision | None = None,
+    ) -> Self:
+        """Loads the first engine of a bundle that this machine can execute.
+
+        Args:
+            path: The bundle's directory.
+            backend: Take only engines of this runtime.
+            threads: Threads of one inference, 0 for all physical cores; None takes what the engine was made for.
+            precision: Take only engines of this precision.
+
+        Raises:
+            BadInput: `path` is no bundle, or none of its engines is of that backend and precision.
+            IntegrityError: The engine was changed since the bundle was written.
+            EnvironmentFault: No suitable runtime is installed here; the text names the extras to install.
+        """
+        bundle = read_bundle(path)
+        engine = choose_engine(bundle, backend, precision)
+        used = engine.threads if threads is None else threads
+        file = check_engine(bundle, engine)
+        session = open_session(file, engine.backend, threads=used, precision=engine.precision)
+        try:
+            estimator = cls(session, bundle.manifest.spec, backend=engine.backend)
+        except BaseException:
+            session.close()
+            raise
+        spec = bundle.manifest.spec
+        estimator._info = EstimatorInfo(
+            name=spec.name,
+            backend=engine.backend,
+            engine=engine,
+            bundle_digest=bundle.digest,
+            threads=used,
+            input_hw=spec.preprocess.input_hw,
+            keypoints=spec.keypoints.names,
+        )
+        return estimator
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the network eats and says."""
+        return self._spec
+
+    def info(self) -> EstimatorInfo:
+        """What runs: network, engine, backend."""
+        return self._info
+
+    def __call__(self, frame: NDArray[np.uint8], boxes: ArrayLike | None = None) -> Poses:
+        """Finds one pose per box.
+
+        Args:
+            frame: (H, W, 3) uint8 BGR.
+            boxes: (N, 4) xyxy, pixels of the frame, x right, y down; None takes the whole frame as one person.
+
+        Returns:
+            Poses in pixels of the frame, in the order of `boxes`; none for no boxes. Its arrays are read-only.
+
+        Raises:
+            ImageError: The frame is not (H, W, 3) uint8.
+            AnnotationError: A box is not finite, empty or outside the frame; names the row.
+        """
+        _check_frame(frame)
+        frame = np.ascontiguousarray(frame)  # OpenCV takes no views with negative strides
+        height, width = frame.shape[:2]
+        checked = np.array([[0.0, 0.0, width, height]]) if boxes is None else _check_boxes(boxes, height, width)
+        joints = self._spec.keypoints.count
+        keypoints = np.empty((len(checked), joints, 2), np.float32)
+        scores = np.empty((len(checked), joints), np.float32)
+        for start in range(0, len(checked), self._batch or MAX_BATCH):
+            part = slice(start, start + (self._batch or MAX_BATCH))
+            keypoints[part], scores[part] = self._infer(frame, checked[part])
+        arrays = keypoints, scores, checked.astype(np.float32)
+        for array in arrays:
+            array.setflags(write=False)
+        return Poses(*arrays, backend=self._info.backend)
+
+    def _infer(self, frame: NDArray[np.uint8], boxes: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keypoints (n, K, 2) in pixels of the frame and scores (n, K) of at most one batch of boxes."""
+        preprocess = self._spec.preprocess
+        transforms = crop_transforms(boxes, preprocess)
+        images = normalise(warp(frame, transforms, preprocess.input_hw), preprocess)
+        if self._batch > len(images):  # an engine of fixed batch gets blank people to fill it up
+            blank = np.zeros((self._batch - len(images), *images.shape[1:]), images.dtype)
+            images = np.concatenate([images, blank])
+        outputs = self._session.infer({self._spec.inputs[0].name: images})
+        count = len(boxes)
+        keypoints, scores = decode({name: value[:count] for name, value in outputs.items()}, self._spec.decoder)
+        expected = (count, self._spec.keypoints.count, 2)
+        if keypoints.shape != expected:
+            raise SpecError("network", found=f"keypoints of shape {keypoints.shape}", expected=f"{expected}")
+        return to_source(keypoints, transforms), scores
+
+    def close(self) -> None:
+        """Frees the network; calling it twice is harmless."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Precision | None = None) -> Engine:
+    """The first engine of the manifest that can be executed here.
+
+    Args:
+        bundle: The bundle.
+        backend: Take only engines of this runtime; one that cannot be executed is then chosen as well, so that opening
+            it says why.
+        precision: Take only engines of this precision.
+
+    Raises:
+        UsageError: The bundle has no engine of that backend and precision.
+        MissingDependency: `backend` is not installed.
+        BackendUnavailable: None of the bundle's backends is installed.
+    """
+    where = f"bundle {bundle.root}"
+    engines = bundle.manifest.engines
+    wanted = [e for e in engines if backend in (None, e.backend) and precision in (None, e.precision)]
+    if not wanted:
+        there = ", ".join(sorted({f"{e.backend} {e.precision}" for e in engines})) or "no engines at all"
+        expected = " ".join(filter(None, (backend, precision))) or "at least one engine"
+        raise UsageError(where, found=there, expected=expected, fix="choose one of these, or compile for that one")
+    installed = installed_backends()
+    for engine in wanted:
+        if engine.backend in installed and (engine.backend in EXECUTABLE or backend is not None):
+            return engine
+    if backend is not None:
+        raise MissingDependency(backend, extra=extra_of(backend), needed_for=f"running the {backend} engine of {where}")
+    raise _nothing_installed(where, wanted)
+
+
+def _nothing_installed(where: str, wanted: Sequence[Engine]) -> BackendUnavailable:
+    backends = list(dict.fromkeys(engine.backend for engine in wanted))
+    runnable = [backend for backend in backends if backend in EXECUTABLE]
+    if not runnable:
+        found = f"engines of {', '.join(backends)} only, which this release cannot execute"
+        return BackendUnavailable(where, found=found, fix=f"compile it for {' or '.join(EXECUTABLE)}")
+    found = f"engines of {', '.join(backends)}, and no runtime installed that executes one of them"
+    commands = " or ".join(f"pip install 'edgepose[{extra_of(backend)}]'" for backend in runnable)
+    return BackendUnavailable(where, found=found, fix=f"run: {commands}")
+
+
+def _check_session(session: Session, spec: ModelSpec) -> int:
+    """Whether the session fits the specification; returns its batch size, 0 where that is free."""
+    where = f"session of {spec.name}"
+    if len(spec.inputs) != 1 or [tensor.name for tensor in session.inputs] != [spec.inputs[0].name]:
+        found = f"inputs {[tensor.name for tensor in session.inputs]}"
+        raise SpecError(where, found=found, expected=f"{[tensor.name for tensor in spec.inputs]}, exactly one")
+    shape, expected = session.inputs[0].shape, (3, *spec.preprocess.input_hw)
+    fits = len(shape) == 4 and all(isinstance(a, str) or a == b for a, b in zip(shape[1:], expected, strict=True))
+    if not fits or session.inputs[0].dtype != "float32":
+        found = f"input of shape {shape} and dtype {session.inputs[0].dtype}"
+        raise SpecError(where, found=found, expected=f"(batch, {', '.join(map(str, expected))}) and float32")
+    decoder = spec.decoder
+    needed = {decoder.x, decoder.y} if isinstance(decoder, SimCC) else {decoder.output}
+    if missing := needed - {tensor.name for tensor in session.outputs}:
+        found = f"outputs {[tensor.name for tensor in session.outputs]}"
+        raise SpecError(where, found=found, expected=f"{sorted(missing)} among them")
+    return shape[0] if isinstance(shape[0], int) else 0
+
+
+def _check_frame(frame: Any) -> None:
+    expected = "(H, W, 3) uint8 BGR"
+    if not isinstance(frame, np.ndarray):
+        raise ImageError("frame", found=type(frame).__name__, expected=f"a NumPy array, {expected}")
+    shape = frame.shape
+    fix = ""
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] == 1):
+        fix = "convert grey to colour: cv2.cvtColor(frame, cv2.COLOR_GRAY2BGR)"
+    elif len(shape) == 3 and shape[2] == 4:
+        fix = "drop the fourth channel: cv2.cvtColor(frame, cv2.COLOR_BGRA2BGR)"
+    elif len(shape) == 3 and shape[0] == 3 and shape[2] != 3:
+        fix = "put the channels last: frame.transpose(1, 2, 0)"
+    elif len(shape) == 4:
+        fix = "pass one frame at a time"
+    if len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ImageError("frame", found=f"shape {shape}", expected=expected, fix=fix)
+    if frame.dtype != np.uint8:
+        fix = "scale it to 0..255 and convert it with .astype(numpy.uint8)"
+        raise ImageError("frame", found=f"dtype {frame.dtype}", expected=expected, fix=fix)
+    if max(shape[:2]) > _MAX_SIDE_PX:
+        fix = "scale it down or cut it up"
+        raise ImageError("frame", found=f"shape {shape}", expected=f"sides of at most {_MAX_SIDE_PX} pixels", fix=fix)
+
+
+def _check_boxes(boxes: ArrayLike, height: int, width: int) -> NDArray[np.float64]:
+    """The boxes as (N, 4) float64, each finite, not empty and at least partly inside the frame."""
+    expected = "(N, 4) numbers, x1 y1 x2 y2 in pixels of the frame"
+    try:
+        checked = np.array(boxes, np.float64)
+    except (TypeError, ValueError) as err:
+        raise AnnotationError("boxes", found=f"{type(boxes).__name__} ({err})", expected=expected) from err
+    if checked.size == 0 and checked.ndim in (1, 2):
+        return checked.reshape(0, 4)
+    if checked.ndim != 2 or checked.shape[1] != 4:
+        fix = "put it into a list: [box]" if checked.shape == (4,) else ""
+        raise AnnotationError("boxes", found=f"shape {checked.shape}", expected=expected, fix=fix)
+    for row, (x1, y1, x2, y2) in enumerate(checked.tolist()):
+        where, found = f"boxes: row {row}", f"[{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+        if not np.isfinite(checked[row].astype(np.float32)).all():
+            raise AnnotationError(where, found=found, expected="finite pixel coordinates")
+        if x2 == x1 or y2 == y1:
+            raise AnnotationError(where, found=f"{found}, of zero size", expected="x2 > x1 and y2 > y1")
+        if x2 < x1 or y2 < y1:
+            fix = "swap the corners, or convert x, y, width, height to corners"
+            raise AnnotationError(where, found=f"{found}, in the wrong order", expected="x1 y1 x2 y2", fix=fix)
+        if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+            frame = f"a box that touches the frame, {width} pixels wide and {height} high"
+            raise AnnotationError(where, found=f"{found}, outside the frame", expected=frame)
+    return checked

@@ -1,0 +1,104 @@
+"""Execution of networks: one protocol, one leaf file per library, and the dispatcher that picks the leaf.
+
+Invariant: importing this package imports no runtime; `open_session` imports the one it was asked for and no other.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import assert_never, get_args
+
+from edgepose.errors import BackendUnavailable, EdgeposeError, MissingDependency, UsageError
+from edgepose.host import physical_cores
+from edgepose.runtime.session import Session, check_feeds
+from edgepose.spec import Backend, Precision
+
+__all__ = ["BACKENDS", "EXECUTABLE", "Session", "check_feeds", "extra_of", "installed_backends", "open_session"]
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+EXECUTABLE: tuple[Backend, ...] = ("onnxruntime", "openvino")
+"""Those that this release can execute engines of; TensorRT engines can be stored and described, not yet run."""
+
+_EXTRAS: dict[Backend, str] = {
+    "onnxruntime": "ort",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
+
+
+def extra_of(backend: Backend) -> str:
+    """The extra of edgepose that installs `backend`: pip install 'edgepose[EXTRA]'."""
+    return _EXTRAS[backend]
+
+
+def installed_backends() -> tuple[Backend, ...]:
+    """Backends whose package can be found here, without importing any."""
+    return tuple(backend for backend in BACKENDS if find_spec(_module(backend)) is not None)
+
+
+def open_session(
+    path: str | Path,
+    backend: Backend,
+    *,
+    threads: int = 0,
+    precision: Precision = "fp32",
+    spinning: bool = False,
+) -> Session:
+    """Loads an engine.
+
+    Args:
+        path: The engine's file.
+        backend: The runtime to execute it with.
+        threads: Threads of one inference; 0 takes all physical cores this process may use.
+        precision: Arithmetic of what the engine does not quantise; ONNX Runtime on the CPU has FP32 only.
+        spinning: Whether idle threads of ONNX Runtime wait actively (OpenVINO's never do for long).
+
+    Raises:
+        MissingDependency: The backend's package is not installed.
+        BackendUnavailable: It is, but cannot be loaded, or lacks the device, driver or precision.
+        BadInput: The engine's file cannot be read.
+        UsageError: A combination that does not exist.
+    """
+    if backend not in BACKENDS:
+        raise UsageError("backend", found=repr(backend), expected=f"one of {', '.join(BACKENDS)}")
+    if threads < 0:
+        raise UsageError("threads", found=str(threads), expected="0 (all physical cores) or more")
+    if spinning and backend != "onnxruntime":
+        raise UsageError("spinning", found=f"backend {backend}", expected="onnxruntime", fix="leave it off")
+    try:
+        return _open(Path(path), backend, threads or physical_cores(), precision, spinning)
+    except ImportError as err:
+        raise _import_fault(backend, err) from err
+
+
+def _open(path: Path, backend: Backend, threads: int, precision: Precision, spinning: bool) -> Session:
+    match backend:
+        case "onnxruntime":
+            if precision in ("bf16", "fp16"):
+                raise UsageError("precision", found=f"{precision} with onnxruntime", expected="fp32 or int8")
+            from edgepose.runtime.ort import OrtSession
+
+            return OrtSession(path, threads=threads, spinning=spinning)
+        case "openvino":
+            from edgepose.runtime.openvino import OpenvinoSession
+
+            return OpenvinoSession(path, threads=threads, precision=precision)
+        case "tensorrt" | "tensorrt-rtx":
+            from edgepose.runtime.tensorrt import session_fault
+
+            raise session_fault(path, backend)
+        case _:
+            assert_never(backend)
+
+
+def _import_fault(backend: Backend, err: ImportError) -> EdgeposeError:
+    if find_spec(_module(backend)) is None:
+        return MissingDependency(backend, extra=_EXTRAS[backend], needed_for=f"running engines of backend {backend}")
+    fix = f"reinstall it: pip install --force-reinstall 'edgepose[{_EXTRAS[backend]}]'"
+    return BackendUnavailable(backend, found=f"an installed package that does not import ({err})", fix=fix)
+
+
+def _module(backend: Backend) -> str:
+    return backend.replace("-", "_")
