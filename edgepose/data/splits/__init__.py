@@ -1,0 +1,45 @@
+"""Which people of a training split are held out as `dev`; every choice is made there, never on `val`.
+
+Invariant: the committed ids win; a data set without committed ids is split by the same rule (10 %, seed 0).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+
+import numpy as np
+
+from edgepose.data.coco import PoseDataset
+
+_SHARE, _SEED = 0.1, 0
+
+
+def dev_ids(train: PoseDataset) -> tuple[int, ...]:
+    """Annotation ids of the people held out of a training split, ascending."""
+    for entry in files(__package__).iterdir():
+        if entry.name.endswith(".json"):
+            committed = json.loads(entry.read_text())
+            if committed["train_sha256"] == train.digest:
+                return tuple(committed["annotation_ids"])
+    return draw_dev_ids(train)
+
+
+def draw_dev_ids(train: PoseDataset) -> tuple[int, ...]:
+    """10 % of the people, drawn with seed 0 from the sorted annotation ids."""
+    ids = np.sort([person.annotation_id for person in train.persons])
+    count = round(_SHARE * len(ids))
+    chosen = np.random.default_rng(_SEED).permutation(len(ids))[:count]
+    return tuple(int(i) for i in np.sort(ids[chosen]))
+
+
+def split_train(train: PoseDataset) -> tuple[PoseDataset, PoseDataset]:
+    """A training split without its dev people, and those people."""
+    held_out = dev_ids(train)
+    return train.without(held_out), train.subset(held_out)
+
+
+def image_digest(dataset: PoseDataset) -> frozenset[str]:
+    """sha256 of every photograph's bytes, to tell whether two sets share photographs whatever their names."""
+    return frozenset(hashlib.sha256(p.image.read_bytes()).hexdigest() for p in dataset.persons)

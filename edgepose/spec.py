@@ -1,0 +1,181 @@
+"""Every frozen type that crosses a seam between packages: what a network eats, what it says, and where it runs.
+
+Invariant: instances are immutable, carry no behaviour beyond derived properties, and serialise to JSON with msgspec.
+
+Frames of reference used throughout edgepose: x runs right, y runs down, and integer coordinates are pixel *centres*
+(OpenCV's convention). "Source" is the user's image; "input" is the network's input crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Backend = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Dialect = Literal["float", "u8s8", "s8s8"]
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Keypoints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The keypoint set a network predicts; indices are 0-based positions in `names`.
+
+    Attributes:
+        names: One name per keypoint, in output order.
+        skeleton: Pairs of indices joined by a limb, for drawing.
+        flip_pairs: Pairs of indices that swap places when the image is mirrored.
+        sigmas: Per-keypoint falloff of OKS (COCO's k/2), same order as `names`.
+    """
+
+    names: tuple[str, ...]
+    skeleton: tuple[tuple[int, int], ...] = ()
+    flip_pairs: tuple[tuple[int, int], ...] = ()
+    sigmas: tuple[float, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named tensor of a network. Strings in `shape` are free dimensions ("batch"); `dtype` is NumPy's name."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """From a frame and a person box to the network's input.
+
+    Attributes:
+        input_hw: Height and width of the network's input in pixels.
+        color: Channel order the network was trained with; frames are always BGR.
+        mean: Subtracted per channel, in the network's channel order, on the 0..255 scale.
+        std: Divided by afterwards, same order and scale.
+        padding: The box, widened to the input's aspect, is multiplied by this before cropping.
+    """
+
+    input_hw: tuple[PositiveInt, PositiveInt]
+    color: Literal["rgb", "bgr"] = "rgb"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    padding: float = 1.25
+
+
+class SimCC(msgspec.Struct, frozen=True, tag="simcc", forbid_unknown_fields=True):
+    """Coordinates as two 1-D classifications (Li et al., ECCV 2022): logits (N, K, W·split_ratio) and (N, K, H·split_ratio).
+
+    Bin b stands for input coordinate b / split_ratio (pixel centres are integers).
+    """
+
+    split_ratio: float = 2.0
+    x: str = "simcc_x"
+    y: str = "simcc_y"
+
+
+class Heatmap(msgspec.Struct, frozen=True, tag="heatmap", forbid_unknown_fields=True):
+    """One heat map per keypoint, (N, K, H/stride, W/stride).
+
+    Cell (i, j) is centred on input coordinate ((j + 0.5)·stride - 0.5, (i + 0.5)·stride - 0.5).
+
+    Attributes:
+        stride: Input pixels per cell.
+        output: Name of the network's output.
+        refine: Sub-cell refinement of the peak: none, quarter offset, or DARK's Taylor step (Zhang et al., CVPR 2020).
+    """
+
+    stride: float = 4.0
+    output: str = "heatmap"
+    refine: Literal["none", "quarter", "dark"] = "dark"
+
+
+Decoder = SimCC | Heatmap
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that the run half has to know of a network."""
+
+    name: str
+    keypoints: Keypoints
+    preprocess: Preprocess
+    decoder: Decoder
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A device to build for; the files of profiles/targets hold these.
+
+    Attributes:
+        name: Name used on the command line.
+        description: One line for people.
+        backends: Engines to build, in order of preference.
+        precisions: Precisions the device runs natively.
+        threads: Intra-op threads; 0 takes all physical cores this process may use.
+        weight_bits: Bits of quantised weights; 7 avoids the saturating u8·s8 sums of x86 without VNNI; "auto" asks the host.
+        round_to: Channel counts of pruned layers are multiples of this.
+        compute_capability: NVIDIA compute capability ("8.7"), empty on CPUs.
+        max_batch: Largest batch that engines are built and checked for.
+        notes: What a user of this device has to know.
+    """
+
+    name: str
+    description: str
+    backends: tuple[Backend, ...]
+    precisions: tuple[Precision, ...]
+    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    weight_bits: Literal[7, 8, "auto"] = "auto"
+    round_to: PositiveInt = 16
+    compute_capability: str = ""
+    max_batch: PositiveInt = 64
+    notes: str = ""
+
+
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One built engine inside a bundle or the per-host cache.
+
+    Attributes:
+        target: Name of the target it was built for.
+        backend: Runtime that executes it.
+        precision: Precision of the bulk of its MACs.
+        dialect: How its quantisation is written ("float" when it is not quantised).
+        path: The file to hand to the runtime, relative to the bundle's root.
+        files: All files that belong to it, relative to the bundle's root.
+        builder: Name and version of the library that built it ("openvino 2026.4.1").
+        threads: Intra-op threads the engine is to be run with; 0 takes all physical cores.
+    """
+
+    target: str
+    backend: Backend
+    precision: Precision
+    dialect: Dialect
+    path: str
+    files: tuple[str, ...]
+    builder: str
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Poses:
+    """The people of one frame.
+
+    Attributes:
+        keypoints: (N, K, 2) float32, pixels of the source image, x right, y down.
+        scores: (N, K) float32, 0..1, confidence of each keypoint.
+        boxes: (N, 4) float32 xyxy, pixels of the source image: the boxes that were cropped, before padding.
+        backend: Backend that produced them ("onnxruntime").
+    """
+
+    keypoints: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    boxes: NDArray[np.float32]
+    backend: str = ""
+
+    def __len__(self) -> int:
+        return int(self.keypoints.shape[0])

@@ -1,0 +1,320 @@
+"""The training loop: AdamW with a one-cycle schedule, averaged weights, optional teacher; exact resumption.
+
+Invariant: everything a run depends on is in its config, its seed and its data, so a run that was stopped and resumed
+sees the same batches as one that was not; the best epoch is chosen on `dev` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from edgepose.blocks.losses import distillation_loss, keypoint_loss
+from edgepose.data.augment import AugmentConfig
+from edgepose.data.coco import PoseDataset
+from edgepose.errors import CheckpointError
+from edgepose.pose import metrics
+from edgepose.spec import ModelSpec
+from edgepose.storage import atomic_file
+from edgepose.training.batches import AugmentedPeople, Batch, to_input
+from edgepose.training.predict import Crops, cut_crops, predict
+
+
+class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of a training or fine-tuning run.
+
+    Attributes:
+        epochs: Passes over the training people.
+        batch_size: People per step.
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: AdamW's, on convolution and linear weights only.
+        warmup: Share of the steps spent rising to the peak.
+        sigma_px: Standard deviation of the label Gaussians, input pixels.
+        averaging: Decay of the exponential moving average of the weights, per step.
+        distill_weight: Share of the loss that comes from the teacher, 0..1.
+        seed: Of batches and augmentation.
+        bf16: Run convolutions in bfloat16.
+        augment: Random views.
+    """
+
+    epochs: int
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.08
+    sigma_px: float = 3.0
+    averaging: float = 0.998
+    distill_weight: float = 0.0
+    seed: int = 0
+    bf16: bool = True
+    augment: AugmentConfig = AugmentConfig()
+
+
+class Observer(Protocol):
+    """Told about a run's progress; all three are called from the training process."""
+
+    def cutting(self, done: int, total: int) -> None:
+        """A photograph was read."""
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        """A step was taken."""
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """An epoch ended; the row of the curve that it added."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FitResult:
+    """A run's outcome; the model given to `fit` holds the best averaged weights.
+
+    Attributes:
+        curve: One row per epoch: epoch, loss, seconds, and the metrics on dev.
+        best_epoch: Row that was kept.
+    """
+
+    curve: tuple[dict[str, float], ...]
+    best_epoch: int
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by a signal after its state was saved; running again resumes it."""
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    averaged: dict[str, Tensor]
+    step: int = 0
+    losses: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_epoch: int = -1
+
+
+def fit(
+    model: nn.Module,
+    spec: ModelSpec,
+    data: tuple[PoseDataset, PoseDataset],
+    config: TrainConfig,
+    *,
+    teacher: nn.Module | None = None,
+    state: Path | None = None,
+    observer: Observer | None = None,
+    workers: int = 1,
+) -> FitResult:
+    """Train a network in place.
+
+    Args:
+        model: Any module that maps images to outputs as `spec` says; fake-quantised ones too.
+        spec: Its specification.
+        data: The people to train on, and the people (dev) that the best epoch is chosen on.
+        config: Settings.
+        teacher: Network whose outputs the loss follows with `config.distill_weight`.
+        state: File that holds the run's state; if it exists the run is resumed from it. Removed by the caller.
+        observer: Told about progress.
+        workers: Processes that prepare batches.
+
+    Raises:
+        CheckpointError: The state belongs to another run.
+        Interrupted: SIGINT or SIGTERM; the state was saved.
+    """
+    observer = observer or _Silent()
+    people = _people(data[0], spec, config, observer)
+    dev = cut_crops(data[1], spec)
+    run = _Run(model, spec, people, dev, config, teacher)
+    identity = hashlib.sha256(msgspec.json.encode([config, data[0].digest, data[1].digest, spec])).hexdigest()
+    if state is not None and state.exists():
+        run.restore(state, identity)
+    with _stop_signals() as stopped:
+        total = config.epochs * people.batches_per_epoch
+        batches = people.numbers(range(run.state.step, total), workers)
+        saved_s = start_s = time.monotonic()
+        for batch in batches:
+            loss = run.step(batch)
+            observer.step(run.state.step, total, loss)
+            if run.state.step % people.batches_per_epoch == 0:
+                row = run.end_epoch(time.monotonic() - start_s)
+                start_s = time.monotonic()
+                observer.epoch(row)
+                saved_s = -math.inf
+            if state is not None and (stopped.is_set() or time.monotonic() - saved_s > _SAVE_EVERY_S):
+                run.save(state, identity)
+                saved_s = time.monotonic()
+            if stopped.is_set():
+                raise Interrupted
+    model.load_state_dict(run.state.best)
+    model.eval()
+    return FitResult(tuple(run.state.curve), run.state.best_epoch)
+
+
+_SAVE_EVERY_S = 180.0
+
+
+def _people(data: PoseDataset, spec: ModelSpec, config: TrainConfig, observer: Observer) -> AugmentedPeople:
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        observer.cutting(done, len(data))
+
+    return AugmentedPeople(
+        data, spec, config.augment, batch_size=config.batch_size, sigma_px=config.sigma_px, seed=config.seed, on_patch=count
+    )
+
+
+class _Run:
+    """The moving parts of one run."""
+
+    def __init__(
+        self, model: nn.Module, spec: ModelSpec, people: AugmentedPeople, dev: Crops, config: TrainConfig, teacher: nn.Module | None
+    ) -> None:
+        self.model = model.to(memory_format=torch.channels_last).train()
+        self.teacher = teacher.to(memory_format=torch.channels_last).eval() if teacher else None
+        self.spec, self.dev, self.config = spec, dev, config
+        self.per_epoch = people.batches_per_epoch
+        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        self.state = _State({n: t.detach().clone() for n, t in model.state_dict().items()})
+
+    def step(self, batch: Batch) -> float:
+        config, state = self.config, self.state
+        rate = _one_cycle(state.step / (config.epochs * self.per_epoch), config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        images = to_input(batch.crops, self.spec)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            outputs = self.model(images)
+        loss = keypoint_loss(outputs, batch.targets, batch.weights, self.spec.decoder)
+        if self.teacher is not None and config.distill_weight > 0:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+                taught = self.teacher(images)
+            distilled = distillation_loss(outputs, taught, self.spec.decoder)
+            loss = (1 - config.distill_weight) * loss + config.distill_weight * distilled
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
+        self.optimizer.step()
+        state.step += 1
+        state.losses += loss.item()
+        self._average()
+        return loss.item()
+
+    def _average(self) -> None:
+        # The average must forget the random start: its window grows with the run up to the configured decay.
+        decay = min(self.config.averaging, (1 + self.state.step) / (10 + self.state.step))
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                shadow = self.state.averaged[name]
+                if tensor.is_floating_point():
+                    shadow.lerp_(tensor, 1 - decay)
+                else:
+                    shadow.copy_(tensor)
+
+    def end_epoch(self, seconds: float) -> dict[str, float]:
+        state = self.state
+        live = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+        self.model.load_state_dict(state.averaged)
+        predicted = predict(self.model, self.spec, self.dev, bf16=self.config.bf16)
+        figures = dev_metrics(predicted, self.dev)
+        row = {"epoch": len(state.curve), "loss": state.losses / self.per_epoch, "seconds": round(seconds, 1), **figures}
+        state.losses = 0.0
+        state.curve.append(row)
+        if state.best_epoch < 0 or selection(row) >= selection(state.curve[state.best_epoch]):
+            state.best_epoch = len(state.curve) - 1
+            state.best = {n: t.clone() for n, t in state.averaged.items()}
+        self.model.load_state_dict(live)
+        return row
+
+    def save(self, path: Path, identity: str) -> None:
+        content: dict[str, Any] = {
+            "identity": identity,
+            "model": self.model.state_dict(),
+            "averaged": self.state.averaged,
+            "best": self.state.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scalars": {"step": self.state.step, "losses": self.state.losses, "best_epoch": self.state.best_epoch},
+            "curve": self.state.curve,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            torch.save(content, temporary)
+
+    def restore(self, path: Path, identity: str) -> None:
+        try:
+            content = torch.load(path, weights_only=True)
+        except Exception as err:  # torch.load raises half a dozen kinds for a damaged file
+            raise CheckpointError(str(path), found=f"an unreadable state ({err})", expected="the state of a stopped run", fix="delete it to start afresh") from err
+        if content["identity"] != identity:
+            raise CheckpointError(
+                str(path),
+                found="the state of a run with other settings or data",
+                expected="the run that is being started",
+                fix="delete it to start afresh, or repeat the old settings to resume",
+            )
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.state = _State(content["averaged"], **content["scalars"], curve=content["curve"], best=content["best"])
+
+
+def dev_metrics(predicted: Any, dev: Crops) -> dict[str, float]:
+    """The figures that epochs are judged by, on people with labels."""
+    truth = torch.stack([torch.from_numpy(p.keypoints) for p in dev.data.persons]).numpy()
+    joints = metrics.measure(predicted, truth, dev.data.keypoints)
+    return {name: metrics.pooled(name, joints) for name in metrics.available(dev.data.keypoints)}
+
+
+def selection(row: dict[str, float]) -> float:
+    """What the best epoch is best in: the area under the PCK curve, or the extent PCK of sets without a torso."""
+    return row["auc"] if "auc" in row else row["pck_extent_0.1"]
+
+
+def _one_cycle(progress: float, config: TrainConfig) -> float:
+    if progress < config.warmup:
+        return config.learning_rate * (0.05 + 0.95 * progress / config.warmup)
+    share = (progress - config.warmup) / (1 - config.warmup)
+    return config.learning_rate * (0.002 + 0.998 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set, so that a run stops between steps, never inside one; twice stops at once."""
+    stopped = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    previous: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+class _Silent:
+    def cutting(self, done: int, total: int) -> None: ...
+    def step(self, done: int, total: int, loss: float) -> None: ...
+    def epoch(self, row: dict[str, float]) -> None: ...
+
+
+ObserverFactory = Callable[[str], Observer]
