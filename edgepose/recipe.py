@@ -39,10 +39,10 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Structured pruning, then fine-tuning with the unpruned network as teacher.
 
     Attributes:
-        ratio: Fraction of the channels to remove; channel counts stay multiples of the targets' `round_to`.
+        ratio: Fraction of the multiply-accumulates to remove; channel counts stay multiples of the targets' `round_to`.
         importance: How channels are ranked.
         scope: Rank over the whole network, or remove the same fraction everywhere.
-        keep: Layers that keep all their channels, as shell patterns of module names ("backbone.stem.*").
+        protected: Layers that keep all their channels, as shell patterns of module names ("backbone.stem.*").
         epochs: Fine-tuning after pruning; 0 leaves it out.
         learning_rate: Peak of the fine-tuning's one-cycle schedule.
         distill_weight: Share of the teacher's outputs in the fine-tuning loss; 0 looks at the labels only.
@@ -51,7 +51,7 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     importance: Importance = "taylor"
     scope: Scope = "global"
-    keep: tuple[Text, ...] = ()
+    protected: tuple[Text, ...] = ()
     epochs: Epochs = 20
     learning_rate: LearningRate = 1e-3
     distill_weight: Weight = 0.5
@@ -66,12 +66,12 @@ class QuantiseAfterTraining(
         calibration_images: Persons of the training split that the ranges are measured on.
         activations: "asymmetric" wastes no code after a ReLU, "symmetric" is all that TensorRT reads; "auto" is
             symmetric where a target runs TensorRT and asymmetric elsewhere.
-        keep_float: Layers left in floating point, as shell patterns of module names.
+        protected: Layers left in floating point, as shell patterns of module names.
     """
 
     calibration_images: Images = 300
     activations: Literal["auto", "asymmetric", "symmetric"] = "auto"
-    keep_float: tuple[Text, ...] = ()
+    protected: tuple[Text, ...] = ()
 
 
 class QuantisationAware(
@@ -82,7 +82,7 @@ class QuantisationAware(
     Attributes:
         calibration_images: Persons of the training split that the ranges start from.
         activations: As for post-training quantisation.
-        keep_float: Layers left in floating point, as shell patterns of module names.
+        protected: Layers left in floating point, as shell patterns of module names.
         epochs: Fine-tuning with fake quantisation.
         learning_rate: Peak of the fine-tuning's one-cycle schedule.
         distill_weight: Share of the floating-point network's outputs in the loss; 0 looks at the labels only.
@@ -90,7 +90,7 @@ class QuantisationAware(
 
     calibration_images: Images = 300
     activations: Literal["auto", "asymmetric", "symmetric"] = "auto"
-    keep_float: tuple[Text, ...] = ()
+    protected: tuple[Text, ...] = ()
     epochs: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5
     learning_rate: LearningRate = 2e-4
     distill_weight: Weight = 0.5

@@ -8,6 +8,8 @@ Invariant: the schemas are generated from the structs that decode the files; a t
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,23 @@ def schema_texts() -> dict[str, bytes]:
     """The schemas as JSON, by file name."""
     texts = {}
     for name, struct in STRUCTS.items():
-        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"edgepose {name}"}
+        schema: dict[str, Any] = {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": f"edgepose {name}",
+        }
         schema |= msgspec.json.schema(struct)
+        for definition in schema["$defs"].values():
+            _describe(definition)
         texts[f"{name}.json"] = msgspec.json.format(msgspec.json.encode(schema), indent=2) + b"\n"
     return texts
+
+
+def _describe(definition: dict[str, Any]) -> None:
+    """Moves what a struct's docstring says of each attribute to that property, where editors show it."""
+    summary, _, attributes = inspect.cleandoc(definition.get("description", "")).partition("\nAttributes:\n")
+    definition["description"] = " ".join(summary.split())
+    for name, text in re.findall(r"^    (\w+): (.*(?:\n        .*)*)", attributes, re.MULTILINE):
+        definition["properties"][name]["description"] = " ".join(text.split())
 
 
 def stale_schemas(folder: Path) -> tuple[str, ...]:

@@ -34,14 +34,14 @@ _PATH_STEP = re.compile(r"\.([^.\[]+)|\[([0-9]+|\.\.\.)\]")
 _EXPECTED = re.compile(r"Expected (?P<expected>.*?)(?:, got `(?P<got>\w+)`)?$", re.DOTALL)
 
 _PLAIN_NAMES = {
-    "`object`": "a mapping (key: value)",
-    "`array`": "a list",
-    "`str`": "text",
-    "`float`": "a number",
-    "`int`": "a whole number",
-    "`bool`": "true or false",
-    "`null`": "nothing",
-    " | ": " or ",
+    "object": "a mapping (key: value)",
+    "array": "a list",
+    "str": "text",
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "null": "nothing",
+    "|": "or",
 }
 
 
@@ -218,9 +218,7 @@ class _Document:
         if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
             raise self.fail(path, found=f"no key {missing[1]!r}", fix=f"add a line '{missing[1]}: …'") from err
         if expected := _EXPECTED.fullmatch(what):
-            wanted = expected["expected"]
-            for technical, plain in _PLAIN_NAMES.items():
-                wanted = wanted.replace(technical, plain)
+            wanted = " ".join(_PLAIN_NAMES.get(word, word) for word in expected["expected"].replace("`", "").split())
             quoted = wanted == "text" and expected["got"] in ("int", "float", "bool", "null")
             fix = "put it in quotes" if quoted else ""
             raise self.fail(path, found=_shown(self._at(path)), expected=wanted, fix=fix) from err
