@@ -181,6 +181,9 @@ def write_bundle(out: str | os.PathLike[str], draft: BundleDraft, *, replace: bo
         for engine in draft.engines:
             for name, content in engine.files.items():
                 _put(root, f"{engine.folder}/{name}", content)
+            if engine.main not in engine.files:
+                found = f"engine {engine.path}, which is not one of its files"
+                raise SpecError("bundle draft", found=found, expected=f"one of {sorted(engine.files)}")
         if draft.golden is not None:
             _put_golden(root / "golden", draft.golden)
         manifest = json_bytes(_manifest(root, draft))

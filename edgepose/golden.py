@@ -1,7 +1,7 @@
 """The golden check: does an engine, on this machine, still answer what it answered when its bundle was compiled?
 
-Invariant: the comparison uses the tolerances of the manifest and nothing else; its error names the first quantity out of
-tolerance and the tolerance that would have passed.
+Invariant: the comparison uses the tolerances of the manifest and nothing else; its error names the first quantity out
+of tolerance and the tolerance that would have passed.
 """
 
 from __future__ import annotations

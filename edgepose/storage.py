@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -40,10 +41,12 @@ def storage_error(path: Path, err: OSError) -> StorageError | None:
         path: What was being written.
         err: What the system said.
     """
-    if err.errno not in _STORAGE_FAULTS:
+    # NumPy's tofile reports a write cut short in words only: "13824 requested and 4064 written".
+    number = errno.ENOSPC if err.errno is None and re.search(r"requested and \d+ written", str(err)) else err.errno
+    if number not in _STORAGE_FAULTS:
         return None
-    found, fix = _STORAGE_FAULTS[err.errno]
-    if err.errno == errno.ENOSPC:
+    found, fix = _STORAGE_FAULTS[number]
+    if number == errno.ENOSPC:
         with contextlib.suppress(OSError):
             found += f" ({shutil.disk_usage(_nearest_existing(path)).free / 1e6:.1f} MB free)"
     return StorageError(f"writing {path}", found=found, expected="room and permission to write", fix=fix)
