@@ -14,6 +14,7 @@ no engine reaches a runtime before its hashes were checked. Nothing in it is eve
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -346,10 +347,18 @@ def _put(root: Path, name: str, content: Content) -> None:
 
 def _put_golden(folder: Path, golden: GoldenDraft) -> None:
     folder.mkdir()
-    np.save(folder / "inputs.npy", golden.inputs, allow_pickle=False)
-    np.save(folder / "keypoints.npy", golden.keypoints, allow_pickle=False)
+    (folder / "inputs.npy").write_bytes(_npy(golden.inputs))
+    (folder / "keypoints.npy").write_bytes(_npy(golden.keypoints))
+    archive = io.BytesIO()
     outputs: dict[str, Any] = {name: np.asarray(value, np.float32) for name, value in golden.outputs.items()}
-    np.savez_compressed(folder / "outputs.npz", **outputs)
+    np.savez_compressed(archive, **outputs)
+    (folder / "outputs.npz").write_bytes(archive.getvalue())
+
+
+def _npy(array: NDArray[np.float32]) -> bytes:
+    buffer = io.BytesIO()  # straight to a file, NumPy would not say why a write failed
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _read_manifest(root: Path) -> bytes:

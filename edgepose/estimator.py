@@ -25,6 +25,7 @@ from edgepose.spec import Backend, Engine, ModelSpec, Poses, Precision, SimCC
 MAX_BATCH = 64
 """People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
 
+_LARGEST = float(np.finfo(np.float32).max)  # poses carry their boxes as float32
 _MAX_SIDE_PX = 32766  # OpenCV's warp counts source pixels in 16 bits
 
 
@@ -277,7 +278,7 @@ def _check_boxes(boxes: ArrayLike, height: int, width: int) -> NDArray[np.float6
         raise AnnotationError("boxes", found=f"shape {checked.shape}", expected=expected, fix=fix)
     for row, (x1, y1, x2, y2) in enumerate(checked.tolist()):
         where, found = f"boxes: row {row}", f"[{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
-        if not np.isfinite(checked[row].astype(np.float32)).all():
+        if not (np.abs(checked[row]) <= _LARGEST).all():  # false for NaN as well
             raise AnnotationError(where, found=found, expected="finite pixel coordinates")
         if x2 == x1 or y2 == y1:
             raise AnnotationError(where, found=f"{found}, of zero size", expected="x2 > x1 and y2 > y1")

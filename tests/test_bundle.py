@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ from edgepose.golden import check_golden
 from edgepose.runtime import open_session
 from edgepose.storage import json_bytes
 from tests.fakes import FakeSession, spot_outputs, spot_spec
-from tests.tiny_network import spot_bundle, spot_draft
+from tests.tiny_network import flip_a_byte, forge, spot_bundle, spot_draft
 
 FILES = (
     MANIFEST,
@@ -49,24 +50,15 @@ FILES = (
 )
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return spot_bundle(tmp_path_factory.mktemp("pristine"))
+
+
 @pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return spot_bundle(tmp_path)
-
-
-def flip_a_byte(path: Path, position: float = 0.5) -> None:
-    content = bytearray(path.read_bytes())
-    content[int(position * (len(content) - 1))] ^= 0x01
-    path.write_bytes(content)
-
-
-def forge(bundle: Bundle, **changes: Any) -> Path:
-    """Changes fields of the manifest and makes its digest fit: what a foreign or newer tool could have written."""
-    manifest = {**msgspec.json.decode((bundle.root / MANIFEST).read_bytes()), **changes}
-    raw = json_bytes(manifest)
-    (bundle.root / MANIFEST).write_bytes(raw)
-    (bundle.root / DIGEST).write_text(f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n", encoding="ascii")
-    return bundle.root
+def bundle(pristine: Bundle, tmp_path: Path) -> Bundle:
+    """A bundle that the test may spoil."""
+    return read_bundle(shutil.copytree(pristine.root, tmp_path / "spots.bundle"))
 
 
 # Writing and reading
@@ -378,5 +370,5 @@ def test_disk_that_is_full_leaves_nothing_and_exits_6(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == StorageError.exit_code == 6, result.stderr
-    assert "no space left" in result.stdout
+    assert "limit on the size" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"spots.onnx", "spots.xml", "spots.bin"}

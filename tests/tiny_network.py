@@ -5,14 +5,18 @@ Invariant: it computes exactly `fakes.spot_outputs`, so that every backend's ans
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgepose.bundle import Bundle, BundleDraft, EngineDraft, GoldenDraft, write_bundle
+from edgepose.bundle import DIGEST, MANIFEST, Bundle, BundleDraft, EngineDraft, GoldenDraft, write_bundle
 from edgepose.pose.codec import decode
+from edgepose.storage import json_bytes
 from tests.fakes import HEIGHT, WIDTH, spot_outputs, spot_spec
 
 
@@ -97,3 +101,18 @@ def spot_draft(folder: Path) -> BundleDraft:
 def spot_bundle(folder: Path) -> Bundle:
     """Writes spots.bundle into `folder`."""
     return write_bundle(folder / "spots.bundle", spot_draft(folder))
+
+
+def flip_a_byte(path: Path, position: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(position * (len(content) - 1))] ^= 0x01
+    path.write_bytes(content)
+
+
+def forge(bundle: Bundle, **changes: Any) -> Path:
+    """Changes fields of the manifest and makes its digest fit: what a foreign or newer tool could have written."""
+    manifest = {**msgspec.json.decode((bundle.root / MANIFEST).read_bytes()), **changes}
+    raw = json_bytes(manifest)
+    (bundle.root / MANIFEST).write_bytes(raw)
+    (bundle.root / DIGEST).write_text(f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n", encoding="ascii")
+    return bundle.root
