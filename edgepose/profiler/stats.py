@@ -186,7 +186,7 @@ def ratio_draws(
     inner = np.stack([_inner_medians(_finite(pair, "log-ratios of a pair"), block_length, rng) for pair in pairs])
     count = len(pairs)
     chosen = rng.integers(0, count, (draws, count))
-    return np.asarray(np.median(inner[chosen, rng.integers(0, _INNER_DRAWS, (draws, count))], axis=1), np.float64)
+    return _row_medians(inner[chosen, rng.integers(0, _INNER_DRAWS, (draws, count))])
 
 
 def _inner_medians(values: Floats, block_length: int, rng: np.random.Generator) -> Floats:
@@ -194,7 +194,14 @@ def _inner_medians(values: Floats, block_length: int, rng: np.random.Generator) 
     blocks = math.ceil(len(values) / length)
     starts = rng.integers(0, len(values) - length + 1, (_INNER_DRAWS, blocks))
     index = (starts[:, :, None] + np.arange(length)).reshape(_INNER_DRAWS, -1)[:, : len(values)]
-    return np.asarray(np.median(values[index], axis=1), np.float64)
+    return _row_medians(values[index])
+
+
+def _row_medians(values: Floats) -> Floats:
+    """(R,) medians of the rows of (R, C) values: `np.median`, several times faster for short rows."""
+    ordered, columns = np.sort(values, axis=1), values.shape[1]
+    medians: Floats = (ordered[:, (columns - 1) // 2] + ordered[:, columns // 2]) / 2
+    return medians
 
 
 def ratio_interval(draws: NDArray[np.floating], estimate: float, *, alpha: float) -> Interval:

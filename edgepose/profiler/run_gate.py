@@ -1,0 +1,200 @@
+"""Running the gate: predict with both bundles, time them in pairs of processes for as long as it takes, then decide.
+
+Invariant: this file gathers evidence and decides nothing beyond when to stop gathering; the verdict is `gate.decide`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from edgepose.bundle import Bundle, read_bundle
+from edgepose.data.coco import PoseDataset
+from edgepose.errors import SpecError
+from edgepose.estimator import PoseEstimator, choose_engine
+from edgepose.profiler.accuracy import AccuracyRecord, evaluate
+from edgepose.profiler.gate import ArmEvidence, PairEvidence, decide, latency_zone, missing_evidence
+from edgepose.profiler.pairs import compare_latency
+from edgepose.profiler.record import ArmTrace, BundleArm, LatencyComparison, merged
+from edgepose.profiler.rules import GateRules, LatencyRule, check_rules, protocol_of
+from edgepose.profiler.verdict import Verdict
+from edgepose.spec import Backend, Keypoints, Precision
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+Measure = Callable[[int, int], LatencyComparison]
+"""Measures a number of fresh pairs: called with the number of the first and how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateOptions:
+    """What the rules leave open.
+
+    Attributes:
+        backend: Take only engines of this runtime, in both arms.
+        precision: Take only engines of this precision, in both arms.
+        threads: Threads of either arm; 0 takes all physical cores.
+        batch: People per call.
+        seed: Of everything random.
+    """
+
+    backend: Backend | None = None
+    precision: Precision | None = None
+    threads: int = 0
+    batch: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GateRun:
+    """A verdict with the evidence behind it.
+
+    Attributes:
+        verdict: What `edgepose gate` reports.
+        baseline: Evidence about the baseline.
+        candidate: Evidence about the candidate.
+        together: Evidence about both.
+    """
+
+    verdict: Verdict
+    baseline: ArmEvidence
+    candidate: ArmEvidence
+    together: PairEvidence
+
+
+def run_gate(
+    baseline: str | os.PathLike[str],
+    candidate: str | os.PathLike[str],
+    dataset: PoseDataset | None,
+    rules: GateRules,
+    *,
+    options: GateOptions | None = None,
+    progress: Progress | None = None,
+) -> GateRun:
+    """Compares two bundles: accuracy first, then latency.
+
+    Args:
+        baseline: Directory of the bundle that is good enough.
+        candidate: Directory of the bundle that wants to replace it.
+        dataset: Labelled people; None where the rules do not ask for accuracy.
+        rules: What counts as worse.
+        options: Engine, threads, seed; None takes the defaults.
+        progress: Told while measuring.
+
+    Raises:
+        BadInput: A bundle, the rules or the data do not fit together.
+        EnvironmentFault: An engine cannot be run here.
+        IntegrityError: A bundle was changed since it was written.
+    """
+    options, report = options or GateOptions(), progress or _silent
+    check_rules(rules)
+    bundles = [read_bundle(path) for path in (baseline, candidate)]
+    keypoints = _shared_keypoints(bundles, dataset)
+    if rules.accuracy and dataset is None:
+        raise missing_evidence(rules, "accuracy", "labelled people to predict on")
+    names = _names(bundles)
+    accuracies: list[AccuracyRecord | None] = [None, None]
+    if rules.accuracy and dataset is not None:
+        accuracies = [_predict(b, n, dataset, options, report) for b, n in zip(bundles, names, strict=True)]
+    latency = confirmation = None
+    if rules.latency is not None:
+        measure = _measurer(bundles, names, rules.latency, options, report)
+        latency, confirmation = gather_latency(measure, rules.latency)
+    together = PairEvidence(keypoints, latency, confirmation)
+    arms = [
+        ArmEvidence(name, accuracy, _facts(bundle, options, latency, side))
+        for side, (name, accuracy, bundle) in enumerate(zip(names, accuracies, bundles, strict=True))
+    ]
+    verdict = decide(arms[0], arms[1], together, rules, seed=options.seed)
+    return GateRun(verdict, arms[0], arms[1], together)
+
+
+def gather_latency(measure: Measure, rule: LatencyRule) -> tuple[LatencyComparison, LatencyComparison | None]:
+    """Measures more and more pairs until the rule decides or its last look is reached.
+
+    Returns:
+        The sample that decided, or the largest, and fresh pairs for confirmation where it said FAIL.
+    """
+    sample = measure(0, rule.looks[0])
+    for pairs in rule.looks[1:]:
+        if latency_zone(sample, rule) != "inconclusive":
+            break
+        measured = len(sample.pairs)
+        sample = merged(sample, measure(measured, pairs - measured))
+    if latency_zone(sample, rule) != "fail" or not rule.confirm:
+        return sample, None
+    measured = len(sample.pairs)
+    return sample, measure(measured, measured)
+
+
+def _measurer(
+    bundles: list[Bundle], names: list[str], rule: LatencyRule, options: GateOptions, report: Progress
+) -> Measure:
+    base, cand = (
+        BundleArm(name, str(bundle.root), options.backend, options.precision, rule.timed)
+        for name, bundle in zip(names, bundles, strict=True)
+    )
+    protocol = protocol_of(rule, threads=options.threads, batch=options.batch, seed=options.seed)
+
+    def measure(first: int, count: int) -> LatencyComparison:
+        def told(done: int, whole: int) -> None:
+            report(f"timing pairs {first + 1} to {first + count}", done, whole)
+
+        part = msgspec.structs.replace(protocol, pairs=count)
+        return compare_latency(base, cand, part, told, first_pair=first)
+
+    return measure
+
+
+def _predict(bundle: Bundle, name: str, dataset: PoseDataset, options: GateOptions, report: Progress) -> AccuracyRecord:
+    def told(done: int, whole: int) -> None:
+        report(f"predicting with {name}", done, whole)
+
+    with PoseEstimator.from_bundle(bundle.root, options.backend, options.threads, options.precision) as estimator:
+        return evaluate(estimator, dataset, progress=told)
+
+
+def _facts(bundle: Bundle, options: GateOptions, latency: LatencyComparison | None, side: int) -> dict[str, float]:
+    engine = choose_engine(bundle, options.backend, options.precision)
+    facts = {
+        "engine_bytes": float(sum((bundle.root / name).stat().st_size for name in engine.files)),
+        "bundle_bytes": float(sum((bundle.root / name).stat().st_size for name in bundle.manifest.files)),
+    }
+    if latency is not None:
+        traces: list[ArmTrace] = [(pair.a, pair.b)[side] for pair in latency.pairs]
+        facts["peak_memory_bytes"] = float(np.median([trace.facts.peak_rss_bytes for trace in traces]))
+    return facts
+
+
+def _shared_keypoints(bundles: list[Bundle], dataset: PoseDataset | None) -> Keypoints:
+    first, second = (bundle.manifest.spec.keypoints for bundle in bundles)
+    if first.names != second.names:
+        raise SpecError(
+            f"bundles {bundles[0].root} and {bundles[1].root}",
+            found="different keypoint sets",
+            expected="the same keypoints in both arms",
+        )
+    if dataset is not None and dataset.keypoints.names != first.names:
+        raise SpecError(
+            f"{dataset.source}",
+            found=f"keypoints {', '.join(dataset.keypoints.names)}",
+            expected=f"those of the bundles: {', '.join(first.names)}",
+        )
+    return first
+
+
+def _names(bundles: list[Bundle]) -> list[str]:
+    """What the arms are called: the bundles' names, told apart by their directories where these are equal."""
+    names = [bundle.manifest.name for bundle in bundles]
+    if names[0] != names[1]:
+        return names
+    return [f"{side} {bundle.root.name}" for side, bundle in zip(("baseline", "candidate"), bundles, strict=True)]
+
+
+def _silent(_what: str, _done: int, _whole: int) -> None:
+    pass
