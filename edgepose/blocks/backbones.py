@@ -31,7 +31,8 @@ class ResidualBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu2(self.conv2(self.relu1(self.conv1(x))) + self.shortcut(x))
+        out: Tensor = self.relu2(self.conv2(self.relu1(self.conv1(x))) + self.shortcut(x))
+        return out
 
 
 class ResidualBackbone(nn.Module):
@@ -74,4 +75,4 @@ def initialise(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, ResidualBlock):
             with torch.no_grad():
-                part.conv2[1].weight.fill_(0.2)
+                nn.init.constant_(part.conv2.get_parameter("1.weight"), 0.2)

@@ -1,7 +1,7 @@
 """Checkpoints: weights as safetensors with a JSON card beside them; never a pickled object.
 
-Invariant: a card names the sha256 of its weights, and loading refuses weights that do not match it. Tensors may be stored
-in FP16; they come back as FP32.
+Invariant: a card names the sha256 of its weights, and loading refuses weights that do not match it. Tensors may be
+stored in FP16; they come back as FP32.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import safetensors
@@ -17,60 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from edgepose.blocks.kpe import KPEConfig, spec_of
+from edgepose.blocks.card import Card, paths_of, read_card
 from edgepose.errors import CheckpointError, IntegrityError
-from edgepose.spec import Keypoints, ModelSpec
 from edgepose.storage import atomic_json, atomic_write
-
-SCHEMA = 1
-
-
-class Lineage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One stage that a checkpoint went through.
-
-    Attributes:
-        stage: "train", "prune", "recover", "qat" or "ptq".
-        config: The stage's settings, as written by msgspec.
-        inputs: Digests of what went in, by role ("train", "dev", "checkpoint", "teacher").
-        report: What came out: per-epoch curve, metrics on dev, seconds.
-    """
-
-    stage: str
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    report: dict[str, Any]
-
-
-class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that is known of a checkpoint besides its tensors.
-
-    Attributes:
-        name: Name of the network.
-        architecture: Its configuration before any pruning.
-        keypoints: The keypoint set it predicts.
-        weights_sha256: Digest of the safetensors file.
-        lineage: The stages it went through, first to last.
-        plan: Pruning plan as JSON, None where nothing was pruned.
-        quantisation: What re-creates the fake-quantised module around the tensors, None where it is not quantised.
-        metrics: Final figures by data set and metric.
-        notes: Data, terms and limits, for people.
-    """
-
-    name: str
-    architecture: KPEConfig
-    keypoints: Keypoints
-    weights_sha256: str
-    lineage: tuple[Lineage, ...] = ()
-    plan: dict[str, Any] | None = None
-    quantisation: dict[str, Any] | None = None
-    metrics: dict[str, dict[str, float]] = {}
-    notes: str = ""
-    schema: int = SCHEMA
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The specification of the network's inputs and outputs."""
-        return msgspec.structs.replace(spec_of(self.architecture, self.keypoints), name=self.name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,13 +28,6 @@ class Checkpoint:
     card: Card
     tensors: dict[str, Tensor]
     digest: str
-
-
-def paths_of(path: Path | str) -> tuple[Path, Path]:
-    """The weights file and the card that belong to a checkpoint's name, with or without suffix."""
-    path = Path(path)
-    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
-    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
 
 
 def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *, half: bool = False) -> Card:
@@ -106,7 +47,8 @@ def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *,
     """
     weights, description = paths_of(path)
     stored = {
-        name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous() for name, t in tensors.items()
+        name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
+        for name, t in tensors.items()
     }
     raw = safetensors.torch.save(stored)
     card = msgspec.structs.replace(card, weights_sha256=hashlib.sha256(raw).hexdigest())
@@ -114,27 +56,6 @@ def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *,
     atomic_write(weights, raw)
     atomic_json(description, msgspec.to_builtins(card))
     return card
-
-
-def read_card(path: Path | str) -> Card:
-    """Read only the card: no tensors, quick.
-
-    Raises:
-        CheckpointError: No checkpoint there, or its card is not one.
-    """
-    weights, description = paths_of(path)
-    for file in (description, weights):
-        if not file.is_file():
-            raise CheckpointError(
-                str(file),
-                found="no such file",
-                expected="a checkpoint: NAME.safetensors with NAME.json beside it",
-                fix="check the path, or name a network of the zoo",
-            )
-    try:
-        return msgspec.json.decode(description.read_bytes(), type=Card)
-    except msgspec.DecodeError as err:
-        raise CheckpointError(str(description), found=str(err), expected="the card of an edgepose checkpoint") from err
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -173,11 +94,11 @@ def load_into(module: torch.nn.Module, checkpoint: Checkpoint, where: str) -> No
     missing, extra = sorted(own.keys() - checkpoint.tensors.keys()), sorted(checkpoint.tensors.keys() - own.keys())
     shapes = [n for n in own if n in checkpoint.tensors and own[n].shape != checkpoint.tensors[n].shape]
     if missing or extra or shapes:
-        first = (missing or extra or shapes)[0]
+        first, count = (missing or extra or shapes)[0], len(missing) + len(extra) + len(shapes)
         what = "lacks" if missing else "has the unknown tensor" if extra else "has another shape of"
         raise CheckpointError(
             where,
-            found=f"a checkpoint of another architecture: it {what} {first!r} ({len(missing) + len(extra) + len(shapes)} in all)",
+            found=f"a checkpoint of another architecture: it {what} {first!r} ({count} in all)",
             expected=f"the tensors of {checkpoint.card.name}",
             fix="use the card that was written with these weights",
         )

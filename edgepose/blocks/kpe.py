@@ -7,49 +7,15 @@ backbone's own, except the keypoint outputs whose sizes the decoder fixes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
-import msgspec
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's universal name
 from torch import Tensor, nn
 
 from edgepose.blocks.backbones import ResidualBackbone, conv_bn, initialise
+from edgepose.blocks.config import KPEConfig
 from edgepose.errors import SpecError
-from edgepose.spec import Decoder, Heatmap, Keypoints, ModelSpec, PositiveInt, Preprocess, SimCC, TensorSpec
-
-
-class KPEConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Architecture of a KPE network.
-
-    Attributes:
-        name: Name of the network.
-        input_hw: Height and width of the input, multiples of 32.
-        stem: Channels after the first convolution.
-        widths: Channels at strides 4, 8, 16 and 32.
-        depths: Residual blocks at strides 4, 8, 16 and 32.
-        neck: Channels of the merged map.
-        stride: Stride of the merged map: 4, 8, 16 or 32.
-        head: How keypoints are said: two 1-D classifications or heat maps.
-        split_ratio: SimCC bins per input pixel.
-    """
-
-    name: str
-    input_hw: tuple[PositiveInt, PositiveInt]
-    stem: PositiveInt
-    widths: Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=4, max_length=4)]
-    depths: Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=4, max_length=4)]
-    neck: PositiveInt
-    stride: Literal[4, 8, 16, 32] = 8
-    head: Literal["simcc", "heatmap"] = "simcc"
-    split_ratio: float = 2.0
-
-
-PRESETS: dict[str, KPEConfig] = {
-    "kpe-t": KPEConfig("kpe-t", (160, 160), 16, (32, 64, 128, 192), (1, 2, 2, 2), 64),
-    "kpe-s": KPEConfig("kpe-s", (192, 192), 32, (48, 96, 192, 256), (1, 2, 2, 2), 96),
-}
-"""Networks by name; the zoo holds trained weights for them."""
+from edgepose.spec import Keypoints
 
 
 class TopDownNeck(nn.Module):
@@ -71,11 +37,12 @@ class TopDownNeck(nn.Module):
         merged = maps[-1]
         for finer in reversed(maps[:-1]):
             merged = finer + F.interpolate(merged, scale_factor=2.0, mode="nearest")
-        return self.relu(self.smooth(merged))
+        out: Tensor = self.relu(self.smooth(merged))
+        return out
 
 
 class SimCCHead(nn.Module):
-    """One map per keypoint, flattened and read out by two linear layers shared over keypoints (Li et al., ECCV 2022)."""
+    """One map per keypoint, flattened and read by two linear layers shared over keypoints (Li et al., ECCV 2022)."""
 
     def __init__(self, channels: int, num_keypoints: int, map_hw: tuple[int, int], bins_hw: tuple[int, int]) -> None:
         super().__init__()
@@ -168,27 +135,3 @@ def build(config: KPEConfig, keypoints: Keypoints, *, seed: int = 0) -> KPENet:
     initialise(network)
     torch.random.set_rng_state(state)
     return network
-
-
-def spec_of(config: KPEConfig, keypoints: Keypoints) -> ModelSpec:
-    """The specification that goes with `build(config, keypoints)`."""
-    height, width = config.input_hw
-    count = keypoints.count
-    decoder: Decoder
-    if config.head == "simcc":
-        decoder = SimCC(split_ratio=config.split_ratio)
-        outputs: tuple[TensorSpec, ...] = (
-            TensorSpec(decoder.x, ("batch", count, round(width * config.split_ratio))),
-            TensorSpec(decoder.y, ("batch", count, round(height * config.split_ratio))),
-        )
-    else:
-        decoder = Heatmap(stride=float(config.stride))
-        outputs = (TensorSpec(decoder.output, ("batch", count, height // config.stride, width // config.stride)),)
-    return ModelSpec(
-        name=config.name,
-        keypoints=keypoints,
-        preprocess=Preprocess(input_hw=config.input_hw),
-        decoder=decoder,
-        inputs=(TensorSpec("image", ("batch", 3, height, width)),),
-        outputs=outputs,
-    )

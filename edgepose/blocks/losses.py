@@ -1,6 +1,6 @@
 """Losses on keypoint outputs, weighted per joint.
 
-Invariant: a joint of weight 0 contributes nothing, to the value or to the gradient; every loss is a mean over the weight.
+Invariant: a joint of weight 0 contributes nothing, to value or gradient; every loss is a mean over the weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def keypoint_loss(outputs: Sequence[Tensor], targets: Sequence[Tensor], weights:
 
 
 HEATMAP_SCALE = 1000.0
-"""Brings the squared error of mostly empty maps to the magnitude of a cross-entropy, so that one learning rate serves both."""
+"""Lifts the squared error of mostly empty maps to the magnitude of a cross-entropy: one learning rate serves both."""
 
 
 def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], decoder: Decoder) -> Tensor:

@@ -68,10 +68,10 @@ def cut_patch(person: Person, preprocess: Preprocess) -> Patch:
     center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() / 2 * _MARGIN
     low = np.maximum(np.floor(center - half), 0).astype(int)
     high = np.minimum(np.ceil(center + half) + 1, frame.shape[1::-1]).astype(int)
-    pixels = frame[low[1] : high[1], low[0] : high[0]]
+    pixels: NDArray[np.uint8] = frame[low[1] : high[1], low[0] : high[0]]
     scale = float(min(1.0, _OVERSAMPLE * crop_transforms(box[None], preprocess)[0, 0, 0]))
     if scale < 1:
-        pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
     offset = np.array([low[0], low[1]])
 
     def into_patch(points: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -89,8 +89,8 @@ def augment(
     """One random view of a person.
 
     Returns:
-        Crop (h, w, 3) uint8 BGR, keypoints (K, 2) float32 in pixels of the crop, weights (K,) float32: 0 for joints that
-        are not labelled or fell outside the crop, 1 otherwise.
+        Crop (h, w, 3) uint8 BGR, keypoints (K, 2) float32 in pixels of the crop, weights (K,) float32: 0 for joints
+        that are not labelled or fell outside the crop, 1 otherwise.
     """
     height, width = preprocess.input_hw
     transform = _random_view(crop_transforms(patch.box_xyxy[None], preprocess)[0], (height, width), config, rng)
@@ -144,14 +144,19 @@ def _color(crop: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Genera
     if strength <= 0:
         return crop
     image = crop.astype(np.float32)
-    gain = 1 + rng.uniform(-strength, strength, 3).astype(np.float32) * np.float32(0.4) + np.float32(rng.uniform(-strength, strength))
+    gain = (
+        1
+        + rng.uniform(-strength, strength, 3).astype(np.float32) * np.float32(0.4)
+        + np.float32(rng.uniform(-strength, strength))
+    )
     grey = image.mean(axis=2, keepdims=True)
     saturation = np.float32(0.0 if rng.random() < 0.05 else 1 + rng.uniform(-strength, strength))
     image = grey + (image - grey) * saturation
     mean = np.float32(grey.mean())
     contrast = np.float32(1 + rng.uniform(-strength, strength))
     image = ((image - mean) * contrast + mean) * gain
-    return np.clip(image, 0, 255, out=image).astype(np.uint8)
+    clipped: NDArray[np.uint8] = np.clip(image, 0, 255, out=image).astype(np.uint8)
+    return clipped
 
 
 def _cut_out(crop: NDArray[np.uint8], rng: np.random.Generator) -> None:

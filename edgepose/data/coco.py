@@ -1,7 +1,7 @@
 """The COCO-keypoints reader, strict: every error names the file, the annotation and the field.
 
-Invariant: a `PoseDataset` is complete and valid once built: each image file exists, each keypoint array has the category's
-length, every number is finite.
+Invariant: a `PoseDataset` is complete and valid once built: each image file exists, each keypoint array has the
+category's length, every number is finite.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -125,13 +124,24 @@ def read_coco(annotations: Path | str, images: Path | str) -> PoseDataset:
     try:
         raw = path.read_bytes()
     except OSError as err:
-        raise DataUnavailable(str(path), found=err.strerror or "an unreadable file", expected="COCO keypoint annotations", fix="check the path") from err
+        raise DataUnavailable(
+            str(path),
+            found=err.strerror or "an unreadable file",
+            expected="COCO keypoint annotations",
+            fix="check the path",
+        ) from err
     try:
         document = json.loads(raw)
     except ValueError as err:
-        raise AnnotationError(str(path), found=f"text that is not JSON ({err})", expected="COCO keypoint annotations") from err
+        raise AnnotationError(
+            str(path), found=f"text that is not JSON ({err})", expected="COCO keypoint annotations"
+        ) from err
     if not isinstance(document, dict):
-        raise AnnotationError(str(path), found=f"a JSON {type(document).__name__}", expected="an object with images, annotations and categories")
+        raise AnnotationError(
+            str(path),
+            found=f"a JSON {type(document).__name__}",
+            expected="an object with images, annotations and categories",
+        )
     reader = _Reader(path, folder, document)
     return PoseDataset(tuple(reader.persons()), reader.keypoints, hashlib.sha256(raw).hexdigest(), path)
 
@@ -156,26 +166,40 @@ class _Reader:
         self.files = {}
         for image in self._list(document, "images"):
             if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
-                raise AnnotationError(f"{path}: images", found=f"{str(image)[:60]}", expected="an object with id and file_name")
+                raise AnnotationError(
+                    f"{path}: images", found=f"{str(image)[:60]}", expected="an object with id and file_name"
+                )
             self.files[image["id"]] = image["file_name"]
         try:
-            self.present = set(os.listdir(folder))
+            self.present = {entry.name for entry in folder.iterdir()}
         except OSError as err:
-            raise DataUnavailable(str(folder), found=err.strerror or "an unreadable folder", expected="the photographs", fix="check the path") from err
+            raise DataUnavailable(
+                str(folder),
+                found=err.strerror or "an unreadable folder",
+                expected="the photographs",
+                fix="check the path",
+            ) from err
 
     def _list(self, document: dict[str, Any], field: str) -> list[Any]:
         value = document.get(field)
         if not isinstance(value, list):
             close = get_close_matches(field, document, n=1)
             hint = f"rename {close[0]!r}" if close and value is None else "see the COCO keypoint format"
-            raise AnnotationError(f"{self.path}: {field}", found="nothing" if value is None else type(value).__name__, expected="a list", fix=hint)
+            raise AnnotationError(
+                f"{self.path}: {field}",
+                found="nothing" if value is None else type(value).__name__,
+                expected="a list",
+                fix=hint,
+            )
         return value
 
     def persons(self) -> Iterable[Person]:
         seen: set[int] = set()
         for position, annotation in enumerate(self.annotations):
             if not isinstance(annotation, dict) or not isinstance(annotation.get("id"), int):
-                raise AnnotationError(f"{self.path}: annotations[{position}]", found="no integer id", expected="an annotation with an id")
+                raise AnnotationError(
+                    f"{self.path}: annotations[{position}]", found="no integer id", expected="an annotation with an id"
+                )
             if annotation.get("category_id") != self.category_id or annotation.get("iscrowd"):
                 continue
             where = f"{self.path}: annotation {annotation['id']}"
@@ -187,32 +211,56 @@ class _Reader:
                 continue
             bbox = self._numbers(f"{where}: bbox", annotation.get("bbox"), 4)
             if bbox[2] <= 0 or bbox[3] <= 0:
-                raise AnnotationError(f"{where}: bbox", found=f"width {bbox[2]:g} and height {bbox[3]:g}", expected="both above 0")
-            yield Person(self._image(where, annotation.get("image_id")), annotation["image_id"], annotation["id"], bbox, keypoints.astype(np.float32))
+                raise AnnotationError(
+                    f"{where}: bbox", found=f"width {bbox[2]:g} and height {bbox[3]:g}", expected="both above 0"
+                )
+            yield Person(
+                self._image(where, annotation.get("image_id")),
+                annotation["image_id"],
+                annotation["id"],
+                bbox,
+                keypoints.astype(np.float32),
+            )
 
     def _keypoint_array(self, where: str, value: object) -> NDArray[np.float64]:
         keypoints = self._numbers(f"{where}: keypoints", value, 3 * self.keypoints.count).reshape(-1, 3)
         if not np.isin(keypoints[:, 2], (0, 1, 2)).all():
             bad = keypoints[~np.isin(keypoints[:, 2], (0, 1, 2)), 2][0]
-            raise AnnotationError(f"{where}: keypoints", found=f"visibility {bad:g}", expected="0 (not labelled), 1 (hidden) or 2 (visible)")
+            raise AnnotationError(
+                f"{where}: keypoints",
+                found=f"visibility {bad:g}",
+                expected="0 (not labelled), 1 (hidden) or 2 (visible)",
+            )
         return keypoints
 
     def _numbers(self, where: str, value: object, count: int) -> NDArray[np.float64]:
         if not isinstance(value, list) or len(value) != count:
-            found = f"{len(value)} numbers" if isinstance(value, list) else "nothing" if value is None else type(value).__name__
-            raise AnnotationError(where, found=found, expected=f"{count} numbers", fix="correct or remove the annotation")
+            found = (
+                f"{len(value)} numbers"
+                if isinstance(value, list)
+                else "nothing"
+                if value is None
+                else type(value).__name__
+            )
+            raise AnnotationError(
+                where, found=found, expected=f"{count} numbers", fix="correct or remove the annotation"
+            )
         for number in value:
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise AnnotationError(where, found=repr(number), expected="finite numbers", fix="correct or remove the annotation")
+                raise AnnotationError(
+                    where, found=repr(number), expected="finite numbers", fix="correct or remove the annotation"
+                )
         return np.array(value, np.float64)
 
     def _image(self, where: str, image_id: object) -> Path:
         if image_id not in self.files:
             raise AnnotationError(f"{where}: image_id", found=repr(image_id), expected="the id of an entry in images")
-        name = self.files[image_id]
+        name: str = self.files[image_id]
         path = self.folder / name
         if name not in self.present and not path.is_file():
-            raise AnnotationError(f"{where}: image_id", found=f"no file {path}", expected="the photograph", fix="check the images folder")
+            raise AnnotationError(
+                f"{where}: image_id", found=f"no file {path}", expected="the photograph", fix="check the images folder"
+            )
         return path
 
 
@@ -223,18 +271,42 @@ def _keypoints(where: str, category: dict[str, Any]) -> Keypoints:
     index = {name: i for i, name in enumerate(names)}
     pairs = category.get("flip_pairs")
     if pairs is None:
-        pairs = [[i, index["right" + n[4:]]] for n, i in index.items() if n.startswith("left") and "right" + n[4:] in index]
+        pairs = [
+            [i, index["right" + n[4:]]] for n, i in index.items() if n.startswith("left") and "right" + n[4:] in index
+        ]
     sigmas = category.get("oks_sigmas") or (COCO17_SIGMAS if len(names) == len(COCO17_SIGMAS) else ())
     skeleton = [(a - 1, b - 1) for a, b in category.get("skeleton", [])]
     for field, indices in (("flip_pairs", pairs), ("skeleton", skeleton)):
         if any(not 0 <= i < len(names) for pair in indices for i in pair):
-            raise AnnotationError(f"{where}: {field}", found="an index outside the keypoints", expected=f"indices of {len(names)} keypoints")
+            raise AnnotationError(
+                f"{where}: {field}",
+                found="an index outside the keypoints",
+                expected=f"indices of {len(names)} keypoints",
+            )
     if sigmas and len(sigmas) != len(names):
         raise AnnotationError(f"{where}: oks_sigmas", found=f"{len(sigmas)} numbers", expected=f"{len(names)}")
     return Keypoints(tuple(names), tuple(skeleton), tuple((a, b) for a, b in pairs), tuple(float(s) for s in sigmas))
 
 
-COCO17_SIGMAS = (0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089)
+COCO17_SIGMAS = (
+    0.026,
+    0.025,
+    0.025,
+    0.035,
+    0.035,
+    0.079,
+    0.079,
+    0.072,
+    0.072,
+    0.062,
+    0.062,
+    0.107,
+    0.107,
+    0.087,
+    0.087,
+    0.089,
+    0.089,
+)
 """COCO's own keypoint sigmas (cocodataset.org, keypoint evaluation), for files that do not carry any."""
 
 
@@ -251,10 +323,19 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     try:
         raw = path.read_bytes()
     except OSError as err:
-        raise ImageError(str(path), found=err.strerror or "an unreadable file", expected="an image file", fix="check the path") from err
+        raise ImageError(
+            str(path), found=err.strerror or "an unreadable file", expected="an image file", fix="check the path"
+        ) from err
     if raw[:2] == b"\xff\xd8" and b"\xff\xd9" not in raw[-1024:]:
-        raise ImageError(str(path), found="a truncated JPEG (no end marker)", expected="a whole image", fix="copy the file again")
+        raise ImageError(
+            str(path), found="a truncated JPEG (no end marker)", expected="a whole image", fix="copy the file again"
+        )
     frame = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR) if raw else None
     if frame is None:
-        raise ImageError(str(path), found=f"{len(raw)} bytes that do not decode", expected="a JPEG, PNG or other image", fix="check the file")
+        raise ImageError(
+            str(path),
+            found=f"{len(raw)} bytes that do not decode",
+            expected="a JPEG, PNG or other image",
+            fix="check the file",
+        )
     return np.asarray(frame, np.uint8)

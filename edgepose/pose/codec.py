@@ -87,7 +87,7 @@ def _peak_1d(logits: Floats) -> tuple[Floats, Floats]:
 
 
 def _decode_heatmap(maps: Floats, decoder: Heatmap) -> tuple[Floats, Floats]:
-    count, joints, height, width = maps.shape
+    count, joints, _, width = maps.shape
     flat = maps.reshape(count, joints, -1)
     peak = flat.argmax(-1)
     score = np.take_along_axis(flat, peak[..., None], -1)[..., 0]
@@ -124,7 +124,7 @@ def _quarter_offset(maps: Floats, cells: Floats) -> Floats:
 
 
 def _dark_offset(maps: Floats, cells: Floats) -> Floats:
-    """Newton step on the smoothed log heat map (Zhang et al., Distribution-Aware Coordinate Representation, CVPR 2020)."""
+    """Newton step on the smoothed log heat map (Zhang et al., DARK, CVPR 2020)."""
     smooth = np.empty_like(maps)
     for source, target in zip(maps.reshape(-1, *maps.shape[2:]), smooth.reshape(-1, *maps.shape[2:]), strict=True):
         cv2.GaussianBlur(source, (3, 3), 0, dst=target)
@@ -155,15 +155,20 @@ def encode_simcc(
         (N, K, w·split_ratio) and (N, K, h·split_ratio) float32.
     """
     height, width = input_hw
-    x = _gaussian_1d(keypoints[..., 0] * decoder.split_ratio, round(width * decoder.split_ratio), sigma_px * decoder.split_ratio)
-    y = _gaussian_1d(keypoints[..., 1] * decoder.split_ratio, round(height * decoder.split_ratio), sigma_px * decoder.split_ratio)
+    x = _gaussian_1d(
+        keypoints[..., 0] * decoder.split_ratio, round(width * decoder.split_ratio), sigma_px * decoder.split_ratio
+    )
+    y = _gaussian_1d(
+        keypoints[..., 1] * decoder.split_ratio, round(height * decoder.split_ratio), sigma_px * decoder.split_ratio
+    )
     return x, y
 
 
 def _gaussian_1d(centre: NDArray[np.floating], bins: int, sigma: float) -> Floats:
     exponent = -((np.arange(bins, dtype=np.float32) - centre[..., None]) ** 2) / np.float32(2 * sigma**2)
     weights = np.exp(exponent - exponent.max(-1, keepdims=True), dtype=np.float32)
-    return weights / weights.sum(-1, keepdims=True)
+    normalised: Floats = weights / weights.sum(-1, keepdims=True)
+    return normalised
 
 
 def encode_heatmap(
@@ -185,4 +190,5 @@ def encode_heatmap(
     sigma = sigma_px / decoder.stride
     dx = (np.arange(width, dtype=np.float32) - cells[..., :1]) ** 2
     dy = (np.arange(height, dtype=np.float32) - cells[..., 1:]) ** 2
-    return np.exp(-(dy[..., :, None] + dx[..., None, :]) / np.float32(2 * sigma**2), dtype=np.float32)
+    maps: Floats = np.exp(-(dy[..., :, None] + dx[..., None, :]) / np.float32(2 * sigma**2), dtype=np.float32)
+    return maps

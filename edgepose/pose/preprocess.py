@@ -1,6 +1,6 @@
 """From a frame and person boxes to the network's input, and back.
 
-Invariant: `to_source` inverts `crop_transforms` exactly (affine, double precision); integer coordinates are pixel centres.
+Invariant: `to_source` inverts `apply_transforms` (affine, in double precision); integer coordinates are pixel centres.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def normalise(crops: NDArray[np.uint8], preprocess: Preprocess) -> NDArray[np.fl
         planes = planes[:, ::-1]
     scale = (1.0 / np.array(preprocess.std, np.float32)).reshape(1, 3, 1, 1)
     shift = (np.array(preprocess.mean, np.float32)).reshape(1, 3, 1, 1) * scale
-    tensor = np.multiply(planes, scale, dtype=np.float32, order="C")
+    tensor: NDArray[np.float32] = np.multiply(planes, scale, dtype=np.float32, order="C")
     tensor -= shift
     return tensor
 
@@ -79,7 +79,7 @@ def normalise(crops: NDArray[np.uint8], preprocess: Preprocess) -> NDArray[np.fl
 def apply_transforms(keypoints: NDArray[np.floating], transforms: NDArray[np.float64]) -> NDArray[np.float32]:
     """Map (N, K, 2) points through (N, 2, 3) affine maps, source → input."""
     points = np.asarray(keypoints, np.float64)
-    mapped = np.einsum("nij,nkj->nki", transforms[:, :, :2], points) + transforms[:, None, :, 2]
+    mapped: NDArray[np.float64] = np.einsum("nij,nkj->nki", transforms[:, :, :2], points) + transforms[:, None, :, 2]
     return mapped.astype(np.float32)
 
 
@@ -87,4 +87,5 @@ def to_source(keypoints: NDArray[np.floating], transforms: NDArray[np.float64]) 
     """Map (N, K, 2) points of the input crops back to pixels of the source image (inverse of `apply_transforms`)."""
     points = np.asarray(keypoints, np.float64) - transforms[:, None, :, 2]
     inverse = np.linalg.inv(transforms[:, :, :2])
-    return np.einsum("nij,nkj->nki", inverse, points).astype(np.float32)
+    mapped: NDArray[np.float64] = np.einsum("nij,nkj->nki", inverse, points)
+    return mapped.astype(np.float32)

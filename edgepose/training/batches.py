@@ -1,13 +1,13 @@
 """Batches of augmented people for training, made in worker processes.
 
-Invariant: batch b of epoch e is a function of (seed, e, b) alone, so a resumed run sees what an uninterrupted one would have.
+Invariant: batch b of epoch e is a function of (seed, e, b) alone: a resumed run sees what an uninterrupted one sees.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from edgepose.data.augment import AugmentConfig, Patch, augment, cut_patch
+from edgepose.data.augment import Patch, augment, cut_patch
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import SpecError
 from edgepose.pose.codec import encode_heatmap, encode_simcc
 from edgepose.spec import Heatmap, ModelSpec, SimCC
+from edgepose.training.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,11 +46,8 @@ class AugmentedPeople(Dataset[Batch]):
         self,
         data: PoseDataset,
         spec: ModelSpec,
-        config: AugmentConfig,
+        config: TrainConfig,
         *,
-        batch_size: int,
-        sigma_px: float,
-        seed: int,
         on_patch: Callable[[], None] | None = None,
     ) -> None:
         if data.keypoints.names != spec.keypoints.names:
@@ -59,25 +57,27 @@ class AugmentedPeople(Dataset[Batch]):
                 expected=f"the {spec.keypoints.count} of {spec.name} ({', '.join(spec.keypoints.names[:3])} …)",
                 fix="train a network for this keypoint set",
             )
-        self.spec, self.config, self.batch_size, self.sigma_px, self.seed = spec, config, batch_size, sigma_px, seed
+        self.spec, self.config, self.batch_size = spec, config, config.batch_size
         self.patches: list[Patch] = []
         for person in data.persons:
             self.patches.append(cut_patch(person, spec.preprocess))
             if on_patch:
                 on_patch()
-        self.batches_per_epoch = max(1, len(self.patches) // batch_size)
+        self.batches_per_epoch = max(1, len(self.patches) // config.batch_size)
 
     def __len__(self) -> int:
         return self.batches_per_epoch
 
     def __getitem__(self, number: int) -> Batch:
         epoch, position = divmod(number, self.batches_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.patches))
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.patches))
         rows = order[position * self.batch_size : (position + 1) * self.batch_size]
         crops, points, weights = [], [], []
         for row in rows:
-            rng = np.random.default_rng((self.seed, epoch, int(row)))
-            crop, xy, weight = augment(self.patches[row], self.spec.preprocess, self.spec.keypoints, self.config, rng)
+            rng = np.random.default_rng((self.config.seed, epoch, int(row)))
+            crop, xy, weight = augment(
+                self.patches[row], self.spec.preprocess, self.spec.keypoints, self.config.augment, rng
+            )
             crops.append(crop)
             points.append(xy)
             weights.append(weight)
@@ -88,11 +88,11 @@ class AugmentedPeople(Dataset[Batch]):
         hw, decoder = self.spec.preprocess.input_hw, self.spec.decoder
         match decoder:
             case SimCC():
-                return tuple(torch.from_numpy(t) for t in encode_simcc(points, hw, decoder, self.sigma_px))
+                return tuple(torch.from_numpy(t) for t in encode_simcc(points, hw, decoder, self.config.sigma_px))
             case Heatmap():
-                return (torch.from_numpy(encode_heatmap(points, hw, decoder, self.sigma_px)),)
+                return (torch.from_numpy(encode_heatmap(points, hw, decoder, self.config.sigma_px)),)
 
-    def numbers(self, numbers: Sequence[int], workers: int) -> Iterator[Batch]:
+    def numbers(self, numbers: Sequence[int], workers: int) -> Generator[Batch]:
         """The batches with these numbers, in order, prepared ahead by `workers` processes (0: in this one)."""
         loader = DataLoader(
             self,

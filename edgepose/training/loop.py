@@ -6,13 +6,14 @@ sees the same batches as one that was not; the best epoch is chosen on `dev` alo
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,44 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from edgepose.blocks.losses import distillation_loss, keypoint_loss
-from edgepose.data.augment import AugmentConfig
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import CheckpointError
 from edgepose.pose import metrics
 from edgepose.spec import ModelSpec
 from edgepose.storage import atomic_file
 from edgepose.training.batches import AugmentedPeople, Batch, to_input
+from edgepose.training.config import TrainConfig
 from edgepose.training.predict import Crops, cut_crops, predict
-
-
-class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings of a training or fine-tuning run.
-
-    Attributes:
-        epochs: Passes over the training people.
-        batch_size: People per step.
-        learning_rate: Peak of the one-cycle schedule.
-        weight_decay: AdamW's, on convolution and linear weights only.
-        warmup: Share of the steps spent rising to the peak.
-        sigma_px: Standard deviation of the label Gaussians, input pixels.
-        averaging: Decay of the exponential moving average of the weights, per step.
-        distill_weight: Share of the loss that comes from the teacher, 0..1.
-        seed: Of batches and augmentation.
-        bf16: Run convolutions in bfloat16.
-        augment: Random views.
-    """
-
-    epochs: int
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.08
-    sigma_px: float = 3.0
-    averaging: float = 0.998
-    distill_weight: float = 0.0
-    seed: int = 0
-    bf16: bool = True
-    augment: AugmentConfig = AugmentConfig()
 
 
 class Observer(Protocol):
@@ -74,6 +45,29 @@ class Observer(Protocol):
 
     def epoch(self, row: dict[str, float]) -> None:
         """An epoch ended; the row of the curve that it added."""
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def cutting(self, done: int, total: int) -> None: ...
+    def step(self, done: int, total: int, loss: float) -> None: ...
+    def epoch(self, row: dict[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a run is carried out; nothing here changes its result.
+
+    Attributes:
+        state: File that holds the run's state; if it exists the run is resumed from it. The caller removes it.
+        observer: Told about progress.
+        workers: Processes that prepare batches; 0 prepares them in this one.
+    """
+
+    state: Path | None = None
+    observer: Observer = Silent()
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,9 +104,7 @@ def fit(
     config: TrainConfig,
     *,
     teacher: nn.Module | None = None,
-    state: Path | None = None,
-    observer: Observer | None = None,
-    workers: int = 1,
+    options: RunOptions = RunOptions(),
 ) -> FitResult:
     """Train a network in place.
 
@@ -122,24 +114,23 @@ def fit(
         data: The people to train on, and the people (dev) that the best epoch is chosen on.
         config: Settings.
         teacher: Network whose outputs the loss follows with `config.distill_weight`.
-        state: File that holds the run's state; if it exists the run is resumed from it. Removed by the caller.
-        observer: Told about progress.
-        workers: Processes that prepare batches.
+        options: State file, observer, workers.
 
     Raises:
         CheckpointError: The state belongs to another run.
         Interrupted: SIGINT or SIGTERM; the state was saved.
     """
-    observer = observer or _Silent()
+    tune_allocator()
+    observer, state = options.observer, options.state
     people = _people(data[0], spec, config, observer)
-    dev = cut_crops(data[1], spec)
-    run = _Run(model, spec, people, dev, config, teacher)
+    run = _Run(model, spec, cut_crops(data[1], spec), config, teacher)
+    run.per_epoch = people.batches_per_epoch
     identity = hashlib.sha256(msgspec.json.encode([config, data[0].digest, data[1].digest, spec])).hexdigest()
     if state is not None and state.exists():
         run.restore(state, identity)
-    with _stop_signals() as stopped:
-        total = config.epochs * people.batches_per_epoch
-        batches = people.numbers(range(run.state.step, total), workers)
+    total = config.epochs * people.batches_per_epoch
+    # Closing ends the workers before the interpreter does, which would wait for them for ever.
+    with _stop_signals() as stopped, closing(people.numbers(range(run.state.step, total), options.workers)) as batches:
         saved_s = start_s = time.monotonic()
         for batch in batches:
             loss = run.step(batch)
@@ -170,21 +161,24 @@ def _people(data: PoseDataset, spec: ModelSpec, config: TrainConfig, observer: O
         done += 1
         observer.cutting(done, len(data))
 
-    return AugmentedPeople(
-        data, spec, config.augment, batch_size=config.batch_size, sigma_px=config.sigma_px, seed=config.seed, on_patch=count
-    )
+    return AugmentedPeople(data, spec, config, on_patch=count)
 
 
 class _Run:
     """The moving parts of one run."""
 
     def __init__(
-        self, model: nn.Module, spec: ModelSpec, people: AugmentedPeople, dev: Crops, config: TrainConfig, teacher: nn.Module | None
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        dev: Crops,
+        config: TrainConfig,
+        teacher: nn.Module | None,
     ) -> None:
-        self.model = model.to(memory_format=torch.channels_last).train()
-        self.teacher = teacher.to(memory_format=torch.channels_last).eval() if teacher else None
+        self.model = _channels_last(model).train()
+        self.teacher = _channels_last(teacher).eval() if teacher else None
         self.spec, self.dev, self.config = spec, dev, config
-        self.per_epoch = people.batches_per_epoch
+        self.per_epoch = 1
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
         others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -231,7 +225,12 @@ class _Run:
         self.model.load_state_dict(state.averaged)
         predicted = predict(self.model, self.spec, self.dev, bf16=self.config.bf16)
         figures = dev_metrics(predicted, self.dev)
-        row = {"epoch": len(state.curve), "loss": state.losses / self.per_epoch, "seconds": round(seconds, 1), **figures}
+        row = {
+            "epoch": len(state.curve),
+            "loss": state.losses / self.per_epoch,
+            "seconds": round(seconds, 1),
+            **figures,
+        }
         state.losses = 0.0
         state.curve.append(row)
         if state.best_epoch < 0 or selection(row) >= selection(state.curve[state.best_epoch]):
@@ -258,7 +257,12 @@ class _Run:
         try:
             content = torch.load(path, weights_only=True)
         except Exception as err:  # torch.load raises half a dozen kinds for a damaged file
-            raise CheckpointError(str(path), found=f"an unreadable state ({err})", expected="the state of a stopped run", fix="delete it to start afresh") from err
+            raise CheckpointError(
+                str(path),
+                found=f"an unreadable state ({err})",
+                expected="the state of a stopped run",
+                fix="delete it to start afresh",
+            ) from err
         if content["identity"] != identity:
             raise CheckpointError(
                 str(path),
@@ -269,6 +273,22 @@ class _Run:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.state = _State(content["averaged"], **content["scalars"], curve=content["curve"], best=content["best"])
+
+
+def tune_allocator() -> None:
+    """Let glibc keep freed tensors instead of handing them back to the kernel: a third of a training step otherwise."""
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _GIB)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _GIB - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GIB = -1, -3, 1 << 30  # malloc.h
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    moved: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    return moved
 
 
 def dev_metrics(predicted: Any, dev: Crops) -> dict[str, float]:
@@ -292,10 +312,10 @@ def _one_cycle(progress: float, config: TrainConfig) -> float:
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that a run stops between steps, never inside one; twice stops at once."""
+    """An event that SIGINT and SIGTERM set, so that a run stops between steps; a second one stops it at once."""
     stopped = threading.Event()
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(_number: int, _frame: FrameType | None) -> None:
         if stopped.is_set():
             raise KeyboardInterrupt
         stopped.set()
@@ -309,12 +329,3 @@ def _stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
-
-
-class _Silent:
-    def cutting(self, done: int, total: int) -> None: ...
-    def step(self, done: int, total: int, loss: float) -> None: ...
-    def epoch(self, row: dict[str, float]) -> None: ...
-
-
-ObserverFactory = Callable[[str], Observer]

@@ -43,7 +43,9 @@ def cut_crops(data: PoseDataset, spec: ModelSpec) -> Crops:
     return Crops(data, np.stack(pixels), transforms)
 
 
-def predict(model: nn.Module, spec: ModelSpec, crops: Crops, *, batch_size: int = 64, bf16: bool = False) -> NDArray[np.float32]:
+def predict(
+    model: nn.Module, spec: ModelSpec, crops: Crops, *, batch_size: int = 64, bf16: bool = False
+) -> NDArray[np.float32]:
     """Keypoints of every person, (P, K, 2) float32, pixels of the source image."""
     was_training = model.training
     model.eval()

@@ -1,0 +1,93 @@
+"""The card beside a checkpoint's weights: architecture, lineage, metrics. No tensors here, and no torch.
+
+Invariant: a card is complete: with it and its weights file the network can be built, run and judged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgepose.blocks.config import KPEConfig, spec_of
+from edgepose.errors import CheckpointError
+from edgepose.spec import Keypoints, ModelSpec
+
+SCHEMA = 1
+
+
+class Lineage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One stage that a checkpoint went through.
+
+    Attributes:
+        stage: "train", "prune", "recover", "qat" or "ptq".
+        config: The stage's settings, as written by msgspec.
+        inputs: Digests of what went in, by role ("train", "dev", "checkpoint", "teacher").
+        report: What came out: per-epoch curve, metrics on dev, seconds.
+    """
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    report: dict[str, Any]
+
+
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All that is known of a checkpoint besides its tensors.
+
+    Attributes:
+        name: Name of the network.
+        architecture: Its configuration before any pruning.
+        keypoints: The keypoint set it predicts.
+        weights_sha256: Digest of the safetensors file.
+        lineage: The stages it went through, first to last.
+        plan: Pruning plan as JSON, None where nothing was pruned.
+        quantisation: What re-creates the fake-quantised module around the tensors, None where it is not quantised.
+        metrics: Final figures by data set and metric.
+        notes: Data, terms and limits, for people.
+    """
+
+    name: str
+    architecture: KPEConfig
+    keypoints: Keypoints
+    weights_sha256: str
+    lineage: tuple[Lineage, ...] = ()
+    plan: dict[str, Any] | None = None
+    quantisation: dict[str, Any] | None = None
+    metrics: dict[str, dict[str, float]] = {}
+    notes: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The specification of the network's inputs and outputs."""
+        return msgspec.structs.replace(spec_of(self.architecture, self.keypoints), name=self.name)
+
+
+def paths_of(path: Path | str) -> tuple[Path, Path]:
+    """The weights file and the card that belong to a checkpoint's name, with or without suffix."""
+    path = Path(path)
+    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
+    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
+
+
+def read_card(path: Path | str) -> Card:
+    """Read only the card: no tensors, quick.
+
+    Raises:
+        CheckpointError: No checkpoint there, or its card is not one.
+    """
+    weights, description = paths_of(path)
+    for file in (description, weights):
+        if not file.is_file():
+            raise CheckpointError(
+                str(file),
+                found="no such file",
+                expected="a checkpoint: NAME.safetensors with NAME.json beside it",
+                fix="check the path, or name a network of the zoo",
+            )
+    try:
+        return msgspec.json.decode(description.read_bytes(), type=Card)
+    except msgspec.DecodeError as err:
+        raise CheckpointError(str(description), found=str(err), expected="the card of an edgepose checkpoint") from err

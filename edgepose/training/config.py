@@ -1,0 +1,40 @@
+"""Settings of training and fine-tuning runs, as data.
+
+Invariant: importing this loads no training library, so that a stage can be recognised as done without one.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from edgepose.data.augment import AugmentConfig
+
+
+class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of a training or fine-tuning run.
+
+    Attributes:
+        epochs: Passes over the training people.
+        batch_size: People per step.
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: AdamW's, on convolution and linear weights only.
+        warmup: Share of the steps spent rising to the peak.
+        sigma_px: Standard deviation of the label Gaussians, input pixels.
+        averaging: Decay of the exponential moving average of the weights, per step.
+        distill_weight: Share of the loss that comes from the teacher, 0..1.
+        seed: Of batches and augmentation.
+        bf16: Run convolutions in bfloat16.
+        augment: Random views.
+    """
+
+    epochs: int
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.08
+    sigma_px: float = 3.0
+    averaging: float = 0.998
+    distill_weight: float = 0.0
+    seed: int = 0
+    bf16: bool = True
+    augment: AugmentConfig = AugmentConfig()
