@@ -16,12 +16,13 @@ from typing import Any
 
 import msgspec
 
+from edgepose.profiler.rules import GateRules
 from edgepose.profiles import profiles_root
 from edgepose.recipe import Recipe
 from edgepose.spec import Target
 from edgepose.storage import atomic_write
 
-STRUCTS: dict[str, Any] = {"recipe": Recipe, "target": Target}
+STRUCTS: dict[str, Any] = {"gate": GateRules, "recipe": Recipe, "target": Target}
 
 
 def schema_texts() -> dict[str, bytes]:
