@@ -137,7 +137,7 @@ class PoseEstimator:
             AnnotationError: A box is not finite, empty or outside the frame; names the row.
         """
         _check_frame(frame)
-        frame = np.ascontiguousarray(frame)  # OpenCV takes no views with negative strides
+        frame = np.ascontiguousarray(frame)  # else OpenCV would copy a view once per box
         height, width = frame.shape[:2]
         checked = np.array([[0.0, 0.0, width, height]]) if boxes is None else _check_boxes(boxes, height, width)
         joints = self._spec.keypoints.count

@@ -28,7 +28,7 @@ LEAVES = {
 }
 """Modules of the run half that load one library more than the rest; each is imported by its dispatcher only."""
 
-RUN_HALF_LIBRARIES = {"numpy", "msgspec", "cv2", "yaml"}
+RUN_HALF_LIBRARIES = {"numpy", "msgspec", "cv2", "yaml", "typing_extensions"}  # the last by msgspec, where it is there
 
 HEAVY_LIBRARIES = (
     "faster_coco_eval", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "pycocotools", "pycuda", "rich",

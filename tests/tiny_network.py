@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgepose.bundle import DIGEST, MANIFEST, Bundle, BundleDraft, EngineDraft, GoldenDraft, write_bundle
 from edgepose.pose.codec import decode
 from edgepose.storage import json_bytes
+from edgepose.telemetry import block_telemetry
 from tests.fakes import HEIGHT, WIDTH, spot_outputs, spot_spec
 
 
@@ -49,6 +50,7 @@ def spot_onnx() -> bytes:
 
 def spot_ir(folder: Path) -> Path:
     """Writes spots.xml and spots.bin into `folder`."""
+    block_telemetry()
     import openvino
 
     source = folder / "spots.onnx"

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import openvino
-
 from edgepose.errors import BackendUnavailable, BadInput, EnvironmentFault, OnnxError
 from edgepose.runtime.session import Array, ClosedSession, check_feeds
 from edgepose.spec import Precision, TensorSpec
+from edgepose.telemetry import block_telemetry
+
+block_telemetry()
+
+import openvino  # noqa: E402 - importing it phones home otherwise
 
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
 """INT8 comes from the Q/DQ (FakeQuantize) operations of the graph; the hint is for what stays float."""
