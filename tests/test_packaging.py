@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,11 +11,14 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
 import edgepose
 from edgepose.profiles import profile_names
+from tests.fakes import spot_frame
+from tests.tiny_network import spot_bundle
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONSTRAINTS = REPOSITORY / "deploy" / "cpu" / "constraints.txt"
@@ -157,3 +161,32 @@ def test_fresh_environment_has_one_runtime_and_no_builder(fresh: Path, tmp_path:
 def test_run_half_imports_in_the_fresh_environment(fresh: Path, tmp_path: Path) -> None:
     code = "import sys, edgepose; [getattr(edgepose, n) for n in edgepose.__all__]; print('torch' in sys.modules)"
     assert ask(fresh, code, tmp_path) == "False"
+
+
+@pytest.mark.slow
+def test_wheel_with_one_runtime_runs_a_bundle(fresh: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "frame.npy", spot_frame((60.0, 90.0), (200.0, 40.0)))
+    bundle = spot_bundle(tmp_path)
+    code = (
+        "import sys, json, numpy as np, edgepose\n"
+        f"with edgepose.PoseEstimator.from_bundle({str(bundle.root)!r}) as estimator:\n"
+        "    poses = estimator(np.load('frame.npy'))\n"
+        "print(json.dumps([poses.backend, poses.keypoints[0].tolist(), 'torch' in sys.modules, 'onnx' in sys.modules]))"
+    )
+    backend, (blue, red), torch, onnx = json.loads(ask(fresh, code, tmp_path))
+    assert backend == "onnxruntime"
+    assert (torch, onnx) == (False, False)
+    assert np.allclose((blue, red), ((60, 90), (200, 40)), atol=12)  # a bin of the tiny network is that many pixels
+
+
+@pytest.mark.slow
+def test_editable_install_reads_the_checkout_and_keeps_no_copy(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(REPOSITORY)]
+    result = subprocess.run(pip, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = ask(python, "import edgepose, sysconfig; print(edgepose.__file__, sysconfig.get_path('purelib'))", tmp_path)
+    package, site = found.split()
+    assert Path(package) == REPOSITORY / "edgepose" / "__init__.py"
+    assert not (Path(site) / "edgepose").exists()
