@@ -66,7 +66,7 @@ class QuantiseAfterTraining(
         calibration_images: Persons of the training split that the ranges are measured on.
         activations: "asymmetric" wastes no code after a ReLU, "symmetric" is all that TensorRT reads; "auto" is
             symmetric where a target runs TensorRT and asymmetric elsewhere.
-        protected: Layers left in floating point, as shell patterns of module names.
+        protected: Names of modules left in floating point ("head.x").
     """
 
     calibration_images: Images = 300
@@ -82,7 +82,7 @@ class QuantisationAware(
     Attributes:
         calibration_images: Persons of the training split that the ranges start from.
         activations: As for post-training quantisation.
-        protected: Layers left in floating point, as shell patterns of module names.
+        protected: Names of modules left in floating point ("head.x").
         epochs: Fine-tuning with fake quantisation.
         learning_rate: Peak of the fine-tuning's one-cycle schedule.
         distill_weight: Share of the floating-point network's outputs in the loss; 0 looks at the labels only.
