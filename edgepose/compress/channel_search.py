@@ -1,0 +1,141 @@
+"""How many channels each group keeps, so that the network loses a given fraction of its multiply-accumulates.
+
+Invariant: counts fall monotonically from step to step of the search, so bisection finds the nearest there is; a count
+that changes is a multiple of the budget's `round_to` and respects its floors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgepose.compress.channel_groups import ChannelGroup, Side
+from edgepose.compress.layers import is_depthwise, widths
+from edgepose.compress.macs import Macs
+from edgepose.errors import RecipeError
+
+_UNIFORM_STEPS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much goes, and how little a group may keep.
+
+    Attributes:
+        ratio: Fraction of the multiply-accumulates to remove; the nearest reachable one is taken, and at least one step
+            if it is not 0.
+        scope: "global" removes the lowest scores of all groups, "uniform" the same fraction of each group.
+        round_to: A count that changes becomes a multiple of this.
+        min_channels: Fewest channels.
+        max_layer_ratio: Largest fraction of its channels that a group may lose.
+    """
+
+    ratio: float
+    scope: Literal["global", "uniform"]
+    round_to: int
+    min_channels: int
+    max_layer_ratio: float
+
+    def floor(self, size: int) -> int:
+        """Fewest channels that a group of `size` may keep."""
+        # The slack forgives binary fractions: 1 - 0.7 of 10 is 3.0000000000000004.
+        least = max(self.min_channels, math.ceil(size * (1 - self.max_layer_ratio) - 1e-9))
+        return min(size, math.ceil(least / self.round_to) * self.round_to)
+
+    def permitted(self, size: int, wanted: float) -> int:
+        """The permitted count nearest to `wanted` (halves up), for a group of `size`."""
+        nearest = math.floor(wanted / self.round_to + 0.5) * self.round_to
+        return min(size, max(self.floor(size), nearest))
+
+
+def choose_kept(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    scores: Sequence[Tensor],
+    macs: Macs,
+    budget: Budget,
+) -> list[int]:
+    """Channels that each group keeps.
+
+    Args:
+        model: The full network.
+        groups: Its prunable groups.
+        scores: (size,) importance of the channels of each group.
+        macs: Multiply-accumulates of the full network.
+        budget: How much of them to remove, within which limits.
+
+    Returns:
+        One count per group.
+
+    Raises:
+        RecipeError: The limits do not let that much be removed.
+    """
+    steps, kept_at = _uniform(groups, budget) if budget.scope == "uniform" else _ranked(groups, scores, budget)
+
+    def removed_at(step: int) -> float:
+        return 1 - _macs_left(model, groups, kept_at(step), macs) / max(macs.total, 1)
+
+    ratio = budget.ratio
+    if ratio == 0:
+        return kept_at(0)
+    most = removed_at(steps)
+    if most < ratio:
+        raise RecipeError(
+            "prune.ratio",
+            found=f"{ratio:g}",
+            expected=f"at most {math.floor(most * 1000) / 1000:g}, which is all that can be removed here",
+            fix="lower ratio, round_to or min_channels, raise max_layer_ratio, or protect fewer layers",
+        )
+    low, high = 0, steps  # removed_at(low) < ratio <= removed_at(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if removed_at(middle) >= ratio else (middle, high)
+    below = removed_at(low)
+    return kept_at(low if below > 0 and ratio - below < removed_at(high) - ratio else high)
+
+
+def _uniform(groups: Sequence[ChannelGroup], budget: Budget) -> tuple[int, Callable[[int], list[int]]]:
+    def kept_at(step: int) -> list[int]:
+        return [budget.permitted(g.size, g.size * (1 - step / _UNIFORM_STEPS)) if step else g.size for g in groups]
+
+    return _UNIFORM_STEPS, kept_at
+
+
+def _ranked(
+    groups: Sequence[ChannelGroup], scores: Sequence[Tensor], budget: Budget
+) -> tuple[int, Callable[[int], list[int]]]:
+    owners = torch.cat([torch.full((g.size,), i) for i, g in enumerate(groups)]) if groups else torch.zeros(0)
+    order = torch.argsort(torch.cat(list(scores)), stable=True) if groups else torch.zeros(0, dtype=torch.int64)
+    ranked = owners[order].long()
+
+    def kept_at(step: int) -> list[int]:
+        gone = torch.bincount(ranked[:step], minlength=len(groups)).tolist()
+        return [
+            budget.permitted(g.size, g.size - without) if without else g.size
+            for g, without in zip(groups, gone, strict=True)
+        ]
+
+    return len(ranked), kept_at
+
+
+def _macs_left(model: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[int], macs: Macs) -> float:
+    """Multiply-accumulates when every group keeps so many channels, whichever they are."""
+    removed: dict[tuple[str, Side], float] = {}
+    for group, count in zip(groups, kept, strict=True):
+        for member in group.members:
+            share = len(member.channels) * (1 - count / group.size)
+            removed[member.layer, member.side] = removed.get((member.layer, member.side), 0.0) + share
+    left = 0.0
+    for name, full in macs.layers.items():
+        layer = model.get_submodule(name)
+        inputs, outputs = widths(layer)
+        share = 1 - removed.get((name, "out"), 0.0) / outputs
+        if not is_depthwise(layer):
+            share *= 1 - removed.get((name, "in"), 0.0) / inputs
+        left += full * share
+    return left

@@ -1,0 +1,279 @@
+"""The pruning plan: which channels of which layers stay; its JSON, its application, its table.
+
+Invariant: `apply_pruning` needs the plan and a network of the planned architecture and nothing else: no example, no
+trained weights, no torch-pruning. So a pruned checkpoint is a plan beside a state dict.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from edgepose.compress.layers import Kind, is_depthwise, kind_of, widths
+from edgepose.errors import CheckpointError
+from edgepose.spec import PositiveInt
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Importance = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
+
+
+class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to remove, and what to leave.
+
+    Attributes:
+        ratio: Fraction of the network's multiply-accumulates to remove; the nearest that `round_to` permits is taken.
+        importance: Criterion by which channels of a group are ranked (see `edgepose.compress.importance`).
+        scope: "global" ranks the channels of all groups together, so that unimportant layers become narrower than
+            others; "uniform" takes the same fraction of every group.
+        round_to: Channel counts of the layers that change are multiples of this; take it from the target.
+        min_channels: No group gets narrower than this.
+        max_layer_ratio: No group loses more than this fraction of its channels.
+        protected: Shell patterns of layers whose outputs keep all channels ("backbone.stem.*"), in addition to the
+            network's outputs, which are found by themselves.
+        seed: Seed of importance "random".
+    """
+
+    ratio: Annotated[float, msgspec.Meta(ge=0, lt=1)]
+    importance: Importance = "l2"
+    scope: Literal["global", "uniform"] = "global"
+    round_to: PositiveInt = 16
+    min_channels: PositiveInt = 8
+    max_layer_ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.75
+    protected: tuple[str, ...] = ()
+    seed: Count = 0
+
+
+class PrunedLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A layer of which some channels go, on either side.
+
+    Attributes:
+        name: Name of the layer (`named_modules`).
+        kind: What it is.
+        in_channels: Input channels of the full layer.
+        kept_in: Positions among them that stay, ascending; for batch normalisations and depthwise convolutions, whose
+            sides are one, the same as `kept`.
+        out_channels: Output channels of the full layer.
+        kept: Positions among them that stay, ascending.
+        macs_before: Multiply-accumulates of the full layer for one image.
+        macs_after: Multiply-accumulates that stay.
+    """
+
+    name: str
+    kind: Kind
+    in_channels: PositiveInt
+    kept_in: tuple[Count, ...]
+    out_channels: PositiveInt
+    kept: tuple[Count, ...]
+    macs_before: Count = 0
+    macs_after: Count = 0
+
+
+class FrozenGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Coupled channels that were left alone: the layer they were found from, how many, and why."""
+
+    name: str
+    channels: PositiveInt
+    reason: str
+
+
+class PruningPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that is needed to prune a network of one architecture in the same way again.
+
+    Attributes:
+        architecture: Class of the network, for people.
+        input_shape: Shape of the input that the multiply-accumulates are counted for, batch 1.
+        config: What was asked for.
+        layers: Every convolution, linear layer and batch normalisation that changes, in order of definition.
+        frozen: Groups that could not or should not be pruned.
+        macs_before: Multiply-accumulates of the full network.
+        macs_after: Multiply-accumulates of the pruned network.
+        params_before: Parameters of the full network.
+        params_after: Parameters of the pruned network.
+        made_with: Name and version of the library whose graph coupled the layers.
+        schema: Version of this format.
+    """
+
+    architecture: str
+    input_shape: tuple[PositiveInt, ...]
+    config: PruneConfig
+    layers: tuple[PrunedLayer, ...]
+    frozen: tuple[FrozenGroup, ...]
+    macs_before: Count
+    macs_after: Count
+    params_before: Count
+    params_after: Count
+    made_with: str
+    schema: Literal[1] = 1
+
+
+def apply_pruning(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A copy of `model` without the channels that the plan removes.
+
+    Args:
+        model: A network of the planned architecture, trained or fresh; it is not changed.
+        plan: Which channels stay.
+
+    Returns:
+        The pruned network, with the weights of the channels that stay, in the same training mode.
+
+    Raises:
+        CheckpointError: The network is not of the planned architecture; the layer that differs is named.
+    """
+    found = parameter_count(model)
+    for layer in plan.layers:
+        _check_layer(model, layer)
+    if found != plan.params_before:
+        raise CheckpointError(
+            f"pruning plan of {plan.architecture}",
+            found=f"a {type(model).__name__} of {found:,} parameters",
+            expected=f"the {plan.params_before:,} of the network it was planned for",
+            fix="build the network with the configuration, head and input size of the planned one",
+        )
+    pruned = resized(model, plan.layers)
+    if parameter_count(pruned) != plan.params_after:
+        raise CheckpointError(
+            f"pruning plan of {plan.architecture}",
+            found=f"{parameter_count(pruned):,} parameters after pruning",
+            expected=f"the {plan.params_after:,} that it promises",
+            fix="make the plan again",
+        )
+    return pruned
+
+
+def plan_to_json(plan: PruningPlan) -> bytes:
+    """The plan as JSON, one line per layer; equal plans give equal bytes."""
+    fields = msgspec.structs.asdict(plan)
+    lines = []
+    for name, value in fields.items():
+        if isinstance(value, tuple) and value and isinstance(value[0], msgspec.Struct):
+            items = b",\n    ".join(msgspec.json.encode(item) for item in value)
+            lines.append(b'  "%s": [\n    %s\n  ]' % (name.encode(), items))
+        else:
+            lines.append(b'  "%s": %s' % (name.encode(), msgspec.json.encode(value)))
+    return b"{\n" + b",\n".join(lines) + b"\n}\n"
+
+
+def plan_from_json(content: bytes, *, where: str = "pruning plan") -> PruningPlan:
+    """Read a plan.
+
+    Args:
+        content: What `plan_to_json` wrote.
+        where: Where it comes from, for the error.
+
+    Raises:
+        CheckpointError: It is not a plan of this schema.
+    """
+    try:
+        return msgspec.json.decode(content, type=PruningPlan)
+    except msgspec.DecodeError as err:
+        raise CheckpointError(
+            where, found=f"no pruning plan ({err})", expected="JSON of schema 1", fix="make the plan again"
+        ) from err
+
+
+PLAN_COLUMNS = ("layer", "in", "out", "MMAC before", "MMAC after", "removed")
+
+
+def plan_table(plan: PruningPlan) -> list[tuple[str, ...]]:
+    """Rows for printing under `PLAN_COLUMNS`: every convolution and linear layer that changes, then the sum of all."""
+    rows = [
+        (
+            layer.name,
+            _change(layer.in_channels, len(layer.kept_in)),
+            _change(layer.out_channels, len(layer.kept)),
+            *_macs_columns(layer.macs_before, layer.macs_after),
+        )
+        for layer in plan.layers
+        if layer.kind != "batch_norm"
+    ]
+    return [*rows, ("whole network", "", "", *_macs_columns(plan.macs_before, plan.macs_after))]
+
+
+def resized(model: nn.Module, layers: Sequence[PrunedLayer]) -> nn.Module:
+    """A copy of `model` with each of `layers`, which have to fit it, cut down to the channels that stay."""
+    smaller = copy.deepcopy(model)
+    for layer in layers:
+        cut(smaller.get_submodule(layer.name), layer)
+    return smaller
+
+
+def cut(module: nn.Module, layer: PrunedLayer) -> None:
+    """Cut one layer down to the channels that stay, in place."""
+    if isinstance(module, _BatchNorm):
+        module.num_features = len(layer.kept)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            _keep(module, name, 0, layer.kept)
+    elif isinstance(module, (_ConvNd, nn.Linear)):
+        depthwise = is_depthwise(module)
+        _keep(module, "weight", 0, layer.kept)
+        _keep(module, "bias", 0, layer.kept)
+        if not depthwise:
+            _keep(module, "weight", 1, layer.kept_in)
+        _set_widths(module, len(layer.kept_in), len(layer.kept), depthwise=depthwise)
+
+
+def _set_widths(module: _ConvNd | nn.Linear, inputs: int, outputs: int, *, depthwise: bool) -> None:
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = inputs, outputs
+    else:
+        module.in_channels, module.out_channels = inputs, outputs
+        module.groups = outputs if depthwise else module.groups
+
+
+def _keep(module: nn.Module, name: str, axis: int, kept: Sequence[int]) -> None:
+    """Keep only some entries of a parameter or buffer along one axis; one that is None stays None."""
+    tensor = getattr(module, name)
+    if tensor is None:
+        return
+    part = tensor.detach().index_select(axis, torch.tensor(kept, device=tensor.device))
+    is_parameter = isinstance(tensor, nn.Parameter)
+    setattr(module, name, nn.Parameter(part, requires_grad=tensor.requires_grad) if is_parameter else part)
+
+
+def _check_layer(model: nn.Module, layer: PrunedLayer) -> None:
+    where = f"pruning plan: {layer.name}"
+    fix = "build the network with the configuration of the planned one"
+    try:
+        module = model.get_submodule(layer.name)
+    except AttributeError as err:
+        raise CheckpointError(
+            where, found=f"no such layer in this {type(model).__name__}", expected=f"a {layer.kind} layer", fix=fix
+        ) from err
+    kind = kind_of(module)
+    if kind != layer.kind:
+        raise CheckpointError(where, found=f"a {type(module).__name__}", expected=f"a {layer.kind} layer", fix=fix)
+    if widths(module) != (layer.in_channels, layer.out_channels):
+        inputs, outputs = widths(module)
+        raise CheckpointError(
+            where,
+            found=f"{inputs} → {outputs} channels",
+            expected=f"{layer.in_channels} → {layer.out_channels}",
+            fix=fix,
+        )
+    for kept, total in ((layer.kept_in, layer.in_channels), (layer.kept, layer.out_channels)):
+        ascending = all(a < b for a, b in itertools.pairwise(kept))
+        if not kept or not ascending or kept[-1] >= total:
+            raise CheckpointError(
+                where, found="kept channels out of order or range", expected=f"ascending, below {total}", fix=fix
+            )
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _change(before: int, after: int) -> str:
+    return str(before) if before == after else f"{before} → {after}"
+
+
+def _macs_columns(before: int, after: int) -> tuple[str, str, str]:
+    removed = f"{100 * (1 - after / before):.0f} %" if before else ""
+    return f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", removed

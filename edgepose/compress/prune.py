@@ -1,0 +1,303 @@
+"""Structured channel pruning: plan first (JSON), then apply, as often as wanted.
+
+Invariant: planning changes nothing that it is given, and a pruned network computes exactly what the full one does when
+the removed channels' readers are set to zero; this is checked before a plan is handed out.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from edgepose.compress.channel_groups import ChannelGroup, Side, trace_channel_groups
+from edgepose.compress.channel_search import Budget, choose_kept
+from edgepose.compress.importance import Losses, channel_scores, gate_products
+from edgepose.compress.layers import is_depthwise, kind_of, widths
+from edgepose.compress.macs import count_macs, evaluation_mode
+from edgepose.compress.plan import (
+    PLAN_COLUMNS,
+    FrozenGroup,
+    PruneConfig,
+    PrunedLayer,
+    PruningPlan,
+    apply_pruning,
+    cut,
+    parameter_count,
+    plan_from_json,
+    plan_table,
+    plan_to_json,
+    resized,
+)
+from edgepose.errors import CheckpointError, RecipeError
+
+__all__ = [
+    "PLAN_COLUMNS",
+    "FrozenGroup",
+    "PruneConfig",
+    "PrunedLayer",
+    "PruningPlan",
+    "apply_pruning",
+    "plan_from_json",
+    "plan_pruning",
+    "plan_table",
+    "plan_to_json",
+    "reestimate_batch_norm",
+]
+
+
+def plan_pruning(
+    model: nn.Module, example: Tensor, config: PruneConfig, *, losses: Losses | None = None
+) -> PruningPlan:
+    """Choose the channels to keep.
+
+    Args:
+        model: The trained network; it is not changed.
+        example: (N, 3, h, w) float input of the size the network is used at; its values do not matter.
+        config: What to remove.
+        losses: For importance "taylor", and called for that only: given a network, yields one training loss per batch.
+
+    Returns:
+        The plan, checked: the pruned network runs, keeps its output shapes, and equals the full network with the
+        readers of the removed channels set to zero.
+
+    Raises:
+        RecipeError: The configuration is out of range, matches no layer, or asks for more than can be removed.
+        CheckpointError: The network cannot be traced, or pruning it as planned would not be exact.
+    """
+    config = _checked(config)
+    example = _probe(example)
+    gates = _gates(model, config, losses)
+    work = copy.deepcopy(model).eval()
+    groups, frozen = _prunable_groups(work, example, config)
+    macs = count_macs(work, example)
+    scores = [channel_scores(model, g, config.importance, gates=gates, seed=config.seed) for g in groups]
+    budget = Budget(config.ratio, config.scope, config.round_to, config.min_channels, config.max_layer_ratio)
+    kept_counts = choose_kept(model, groups, scores, macs, budget)
+    gone = {
+        group.name: torch.argsort(score, stable=True)[: group.size - kept].tolist()
+        for group, score, kept in zip(groups, scores, kept_counts, strict=True)
+    }
+    layers = _layers(model, groups, gone)
+    fault = _inexactness(work, layers, example)
+    if fault:
+        raise CheckpointError(
+            f"pruning {type(model).__name__}: postcondition",
+            found=fault,
+            expected="a network that equals the full one without the readers of the removed channels",
+            fix="protect the layers at fault (prune.protected)",
+        )
+    pruned = resized(model, layers)
+    macs_after = count_macs(pruned, example)
+    return PruningPlan(
+        architecture=type(model).__name__,
+        input_shape=tuple(example.shape),
+        config=config,
+        layers=tuple(
+            msgspec.structs.replace(
+                layer, macs_before=macs.layers.get(layer.name, 0), macs_after=macs_after.layers.get(layer.name, 0)
+            )
+            for layer in layers
+        ),
+        frozen=frozen,
+        macs_before=macs.total,
+        macs_after=macs_after.total,
+        params_before=parameter_count(model),
+        params_after=parameter_count(pruned),
+        made_with=f"torch-pruning {version('torch-pruning')}",
+    )
+
+
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Replace the running statistics of all batch normalisations by those of `batches`, in place.
+
+    Removing channels shifts what the later layers see; this repairs the statistics without training.
+
+    Args:
+        model: The network; only running means and variances change, its training mode does not.
+        batches: (N, 3, h, w) normalised inputs of the training split; every batch has the same say.
+
+    Returns:
+        How many batches there were.
+
+    Raises:
+        RecipeError: There was no batch; the statistics are as they were.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    count = 0
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            for images in batches:
+                if count == 0:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # cumulative average instead of an exponential one
+                        norm.train()
+                model(images)
+                count += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    if count == 0:
+        raise RecipeError("re-estimating batch normalisation", found="no batch", expected="at least one")
+    return count
+
+
+def _checked(config: PruneConfig) -> PruneConfig:
+    """The constructor of a struct checks nothing; reading it back does."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(config), PruneConfig)
+    except msgspec.ValidationError as err:
+        raise RecipeError("prune", found=str(err), fix="correct the recipe's prune section") from err
+
+
+def _probe(example: Tensor) -> Tensor:
+    """Noise of the example's size: on a blank image a network may be silent, and any pruning of it would look exact."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((1, *example.shape[1:]), generator=generator).to(example)
+
+
+def _gates(model: nn.Module, config: PruneConfig, losses: Losses | None) -> dict[str, Tensor]:
+    if config.importance != "taylor":
+        return {}
+    if losses is None:
+        raise RecipeError(
+            "prune.importance",
+            found="taylor without training losses",
+            expected="a callable that yields them",
+            fix="hand over training data, or choose l1, l2, bn_scale or fpgm",
+        )
+    return gate_products(model, losses)
+
+
+def _prunable_groups(
+    work: nn.Module, example: Tensor, config: PruneConfig
+) -> tuple[list[ChannelGroup], tuple[FrozenGroup, ...]]:
+    """Groups that may lose channels, and the others with the reason.
+
+    Whether a group can lose channels is tried, not guessed: one channel is removed and the network run. This finds the
+    network's outputs, and every place where the graph couples what does not belong together (a flattened map, say).
+    """
+    protected = _protected_layers(work, config.protected)
+    prunable, frozen = [], []
+    for group in trace_channel_groups(work, example):
+        guarded = [m.layer for m in group.members if m.side == "out" and m.layer in protected]
+        reason = group.obstacle
+        if guarded:
+            reason = f"{guarded[0]} is protected by {protected[guarded[0]]!r}"
+        elif not reason and group.size == 1:
+            reason = "it has a single channel"
+        elif not reason:
+            reason = _inexactness(work, _layers(work, [group], {group.name: [0]}), example)
+        if reason:
+            frozen.append(FrozenGroup(group.name, group.size, reason))
+        else:
+            prunable.append(group)
+    return prunable, tuple(frozen)
+
+
+def _protected_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
+    """Layers whose outputs are to stay, each with the pattern that says so."""
+    names = [name for name, layer in model.named_modules() if kind_of(layer) is not None]
+    protected: dict[str, str] = {}
+    for pattern in patterns:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            raise RecipeError(
+                "prune.protected",
+                found=f"{pattern!r}, which matches no layer",
+                expected="shell patterns of layer names",
+                fix=f"did you mean {near[0]!r}?" if near else "remove it: the network has no such layers",
+            )
+        protected.update(dict.fromkeys(matched, pattern))
+    return protected
+
+
+def _layers(model: nn.Module, groups: Sequence[ChannelGroup], gone: dict[str, list[int]]) -> tuple[PrunedLayer, ...]:
+    """What becomes of every layer when the channels `gone` (by group name) are removed."""
+    removed: dict[tuple[str, Side], set[int]] = {}
+    for group in groups:
+        roots = set(gone[group.name])
+        for member in group.members:
+            channels = {c for c, root in zip(member.channels, member.roots, strict=True) if root in roots}
+            removed.setdefault((member.layer, member.side), set()).update(channels)
+    layers = []
+    for name, layer in model.named_modules():
+        kind = kind_of(layer)
+        without_out = removed.get((name, "out"), set())
+        one_sided = isinstance(layer, _BatchNorm) or is_depthwise(layer)
+        without_in = without_out if one_sided else removed.get((name, "in"), set())
+        if kind is not None and (without_in or without_out):
+            inputs, outputs = widths(layer)
+            kept_in = tuple(c for c in range(inputs) if c not in without_in)
+            kept = tuple(c for c in range(outputs) if c not in without_out)
+            layers.append(PrunedLayer(name, kind, inputs, kept_in, outputs, kept))
+    return tuple(layers)
+
+
+def _inexactness(work: nn.Module, layers: Sequence[PrunedLayer], example: Tensor) -> str:
+    """Why removing these channels is not the same as reading zeros from them; empty if it is the same.
+
+    Args:
+        work: A copy of the network in evaluation mode; its layers are replaced for a while and put back.
+        layers: What is removed.
+        example: (1, 3, h, w) noise.
+    """
+    muted, smaller = {}, {}
+    for layer in layers:
+        module = work.get_submodule(layer.name)
+        smaller[layer.name] = copy.deepcopy(module)
+        cut(smaller[layer.name], layer)
+        if isinstance(module, (_ConvNd, nn.Linear)) and not is_depthwise(module):
+            reader = muted[layer.name] = copy.deepcopy(module)
+            reader.weight.data[:, sorted(set(range(layer.in_channels)) - set(layer.kept_in))] = 0
+    with _replaced(work, muted), torch.no_grad():
+        expected = list(_tensors(work(example)))
+    try:
+        with _replaced(work, smaller), torch.no_grad():
+            found = list(_tensors(work(example)))
+    except (RuntimeError, ValueError, IndexError) as err:
+        return f"without its channels the network does not run: {err}"
+    for one, other in zip(expected, found, strict=True):
+        if one.shape != other.shape:
+            return f"its channels reach the network's output: {tuple(one.shape)} would become {tuple(other.shape)}"
+        error = (one.double() - other.double()).abs().max().item()
+        limit = 1e-4 * max(one.double().abs().max().item(), 1e-6)
+        if not error <= limit:  # so written that NaN is an error too
+            return f"outputs that differ by {error:.3g} (tolerance {limit:.3g})"
+    return ""
+
+
+@contextmanager
+def _replaced(work: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Swaps layers of a network by name, and back afterwards."""
+    own = {name: work.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            work.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in own.items():
+            work.set_submodule(name, layer)
+
+
+def _tensors(outputs: object) -> Iterator[Tensor]:
+    """The tensors of a forward pass's result, whatever it is nested in, in order."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (tuple, list)):
+        for part in outputs:
+            yield from _tensors(part)
+    elif isinstance(outputs, dict):
+        yield from _tensors(list(outputs.values()))
