@@ -25,7 +25,10 @@ def background(rng: np.random.Generator, size_hw: Size) -> F32:
     picture = kinds[int(rng.choice(len(kinds), p=[0.38, 0.24, 0.14, 0.24]))](rng, size_hw)
     for _ in range(int(rng.integers(0, 12))):
         _add_thing(rng, picture)
-    sigma = float(rng.choice([0.0, 0.8, 1.6, 3.0], p=[0.35, 0.3, 0.2, 0.15])) * size_hw[0] / 192
+    # Nothing out there is perfectly even: fine and coarse unevenness over everything.
+    for scale in ((0.2, 1.0), (1.0, 3.0)):
+        picture *= 1.0 + np.float32(rng.uniform(0.0, 0.6)) * (texture.patch(rng, size_hw, scale)[:, :, None] - 0.5)
+    sigma = float(rng.choice([0.0, 0.8, 1.6, 3.0], p=[0.5, 0.28, 0.14, 0.08])) * size_hw[0] / 192
     if sigma > 0.0:
         picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), sigma), np.float32)
     return np.clip(picture, 0.0, 1.0)
@@ -236,15 +239,16 @@ def photograph(rng: np.random.Generator, picture: F32) -> NDArray[np.uint8]:
     height, width = picture.shape[:2]
     picture = _soften(rng, picture)
     gain = np.exp(rng.normal(0.0, 0.12)) * rng.normal(1.0, 0.035, 3)
-    picture = picture * gain.astype(np.float32)
-    contrast = np.float32(rng.normal(1.0, 0.15))
-    picture = (picture - 0.45) * contrast + np.float32(0.45 + rng.normal(0, 0.03))
+    contrast = float(rng.normal(1.22, 0.18))
+    colorful = 0.0 if rng.random() < 0.05 else float(np.clip(rng.normal(0.8, 0.2), 0.2, 1.3))
+    # Tint, then saturation about grey, then contrast about 0.45, all of them one matrix.
+    matrix = np.diag(gain) @ (colorful * np.eye(3) + (1.0 - colorful) / 3.0) * contrast
+    offset = np.float32(0.45 - 0.45 * contrast + rng.normal(0, 0.03))
+    picture = (picture.reshape(-1, 3) @ matrix.astype(np.float32) + offset).reshape(height, width, 3)
     if rng.random() < 0.25:  # corners fall off
         x, y = _grid((height, width))
         radius2 = ((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2) * 2.0
         picture *= (1.0 - np.float32(rng.uniform(0.1, 0.6)) * radius2)[:, :, None]
-    if rng.random() < 0.05:
-        picture = np.broadcast_to(picture.mean(axis=2, keepdims=True), picture.shape)
     grain = rng.standard_normal((height, width, 1), np.float32) * np.float32(rng.gamma(1.2, 0.006))
     chroma = cv2.resize(rng.standard_normal((height // 4 + 1, width // 4 + 1, 3), np.float32), (width, height))
     picture = picture + grain + chroma * np.float32(rng.gamma(1.2, 0.003))
@@ -254,18 +258,18 @@ def photograph(rng: np.random.Generator, picture: F32) -> NDArray[np.uint8]:
 def _soften(rng: np.random.Generator, picture: F32) -> F32:
     """Antialiasing blur, motion blur at times, and a detour through a lower resolution as small photographs have it."""
     height, width = picture.shape[:2]
-    picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.5, 0.8))), np.float32)
+    picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.45, 0.75))), np.float32)
     if rng.random() < 0.12:
         length = float(rng.uniform(1.5, 6.0)) * height / 192
         angle = float(rng.uniform(0, np.pi))
         kernel = _bar((15, 15), (7.0, 7.0), angle, 0.6, length / 2 + 0.3).astype(np.float32)
         picture = np.asarray(cv2.filter2D(picture, -1, kernel / kernel.sum()), np.float32)
-    if rng.random() < 0.6:
-        share = float(rng.uniform(0.45, 1.0))
+    if rng.random() < 0.4:
+        share = float(rng.uniform(0.5, 1.0))
         smaller = (max(int(width * share), 8), max(int(height * share), 8))
         small = cv2.resize(picture, smaller, interpolation=cv2.INTER_AREA)
         picture = np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR), np.float32)
-    if rng.random() < 0.3:  # cameras sharpen
+    if rng.random() < 0.65:  # cameras sharpen
         smooth = cv2.GaussianBlur(picture, (0, 0), 1.2)
-        picture = picture + np.float32(rng.uniform(0.2, 0.9)) * (picture - smooth)
+        picture = picture + np.float32(rng.uniform(0.4, 2.0)) * (picture - smooth)
     return picture

@@ -123,6 +123,12 @@ def bank() -> F32:
 
 
 @cache
+def _bank_bytes() -> NDArray[np.uint8]:
+    """The bank in 8 bits: OpenCV warps bytes three times as fast as floats."""
+    return np.asarray(np.rint(bank() * 255.0), np.uint8)
+
+
+@cache
 def _folds() -> tuple[F32, F32]:
     """Slopes of smooth noise, each (256, 256) float32 of unit deviation: they tilt normals into folds of cloth."""
     height = bank()[4]
@@ -159,18 +165,17 @@ def patch(rng: np.random.Generator, size_hw: tuple[int, int], scale: tuple[float
     angle = float(rng.uniform(0, 2 * np.pi)) if rng.random() < 0.5 else float(rng.normal(0, 0.06))
     c, s = texels * np.cos(angle), texels * np.sin(angle)
     matrix = np.array([[c, -s, rng.uniform(0, BANK_SIZE)], [s, c, rng.uniform(0, BANK_SIZE)]])
-    source = bank()[int(rng.integers(len(bank())))]
+    source = _bank_bytes()[int(rng.integers(len(bank())))]
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     size = (size_hw[1], size_hw[0])
-    return np.asarray(cv2.warpAffine(source, matrix, size, flags=flags, borderMode=cv2.BORDER_WRAP), np.float32)
+    warped = cv2.warpAffine(source, matrix, size, flags=flags, borderMode=cv2.BORDER_WRAP)
+    return np.asarray(warped * np.float32(1 / 255), np.float32)
 
 
 def bgr_from_hsv(hue: float, saturation: float, value: float) -> F32:
     """Hue, saturation and value in 0..1 to (3,) BGR."""
-    offsets = np.array([1.0, 3.0, 5.0])
-    k = (offsets + hue * 6.0) % 6.0
-    mixed = value - value * saturation * np.clip(np.minimum(k, 4.0 - k), 0.0, 1.0)
-    return np.asarray(mixed, np.float32)
+    wheel = [(offset + hue * 6.0) % 6.0 for offset in (1.0, 3.0, 5.0)]
+    return np.array([value - value * saturation * max(0.0, min(k, 4.0 - k, 1.0)) for k in wheel], np.float32)
 
 
 def skin_color(rng: np.random.Generator) -> F32:
