@@ -88,6 +88,26 @@ def read_card(path: Path | str) -> Card:
                 fix="check the path, or name a network of the zoo",
             )
     try:
-        return msgspec.json.decode(description.read_bytes(), type=Card)
+        card = msgspec.json.decode(read_bytes(description), type=Card)
     except msgspec.DecodeError as err:
         raise CheckpointError(str(description), found=str(err), expected="the card of an edgepose checkpoint") from err
+    if card.schema != SCHEMA:
+        raise CheckpointError(
+            f"{description}: schema",
+            found=str(card.schema),
+            expected=str(SCHEMA),
+            fix="use the edgepose that wrote the checkpoint, or train again",
+        )
+    return card
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of one of a checkpoint's files.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise CheckpointError(str(path), found=err.strerror or str(err), expected="a readable file") from err

@@ -1,7 +1,7 @@
 """Checkpoints: weights as safetensors with a JSON card beside them; never a pickled object.
 
-Invariant: a card names the sha256 of its weights, and loading refuses weights that do not match it. Tensors may be
-stored in FP16; they come back as FP32.
+Invariant: a card names the sha256 of its weights, and loading refuses weights that do not match it. Large tensors may
+be stored in FP16; they come back as FP32.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from edgepose.blocks.card import Card, paths_of, read_card
+from edgepose.blocks.card import Card, paths_of, read_bytes, read_card
 from edgepose.errors import CheckpointError, IntegrityError
-from edgepose.storage import atomic_json, atomic_write
+from edgepose.storage import atomic_file, atomic_write, json_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,8 @@ def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *,
         path: Where to; suffixes are added.
         card: Its `weights_sha256` is filled in.
         tensors: The state to store.
-        half: Store floating tensors in FP16.
+        half: Store large weights in FP16; vectors and small tensors (biases, normalisation statistics, scales of
+            quantisers) stay FP32, as do weights that FP16 cannot hold.
 
     Returns:
         The card as written.
@@ -46,16 +47,27 @@ def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *,
         StorageError: The disk is full or read-only; an older checkpoint there is still whole.
     """
     weights, description = paths_of(path)
+    # Copies: safetensors refuses tensors that share memory.
     stored = {
-        name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
+        name: (_halved(t) if half else t).detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
     raw = safetensors.torch.save(stored)
     card = msgspec.structs.replace(card, weights_sha256=hashlib.sha256(raw).hexdigest())
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(weights, raw)
-    atomic_json(description, msgspec.to_builtins(card))
+    with atomic_file(description) as temporary:  # a disk that has no room for the card keeps the old weights, too
+        temporary.write_bytes(json_bytes(card))
+        atomic_write(weights, raw)
     return card
+
+
+_SMALL = 4096  # elements up to which FP16 saves nothing worth its rounding
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.numel() < _SMALL:
+        return tensor
+    half = tensor.half()
+    return half if bool(half.isfinite().all()) else tensor
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -67,7 +79,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     """
     card = read_card(path)
     weights, _ = paths_of(path)
-    raw = weights.read_bytes()
+    raw = read_bytes(weights)
     digest = hashlib.sha256(raw).hexdigest()
     if digest != card.weights_sha256:
         raise IntegrityError(

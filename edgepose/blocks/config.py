@@ -40,7 +40,7 @@ class KPEConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 PRESETS: dict[str, KPEConfig] = {
     "kpe-t": KPEConfig("kpe-t", (160, 160), 16, (32, 64, 128, 192), (1, 2, 2, 2), 64),
-    "kpe-s": KPEConfig("kpe-s", (192, 192), 32, (48, 96, 192, 256), (1, 2, 2, 2), 96),
+    "kpe-s": KPEConfig("kpe-s", (160, 160), 32, (48, 96, 192, 256), (1, 2, 2, 2), 96),
 }
 """Networks by name; the zoo holds trained weights for them."""
 

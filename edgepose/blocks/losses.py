@@ -40,7 +40,7 @@ def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], deco
     """Distance of the student's outputs from the teacher's (Hinton et al., 2015), over all joints, labelled or not."""
     match decoder:
         case SimCC():
-            ones = torch.ones(student[0].shape[:2])
+            ones = torch.ones(student[0].shape[:2], device=student[0].device)
             losses = [
                 _soft_cross_entropy(s, t.float().softmax(-1), ones) - _entropy(t)
                 for s, t in zip(student, teacher, strict=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.data.coco import Person, read_image
+from edgepose.errors import AnnotationError
 from edgepose.pose.preprocess import crop_transforms
 from edgepose.spec import Keypoints, Preprocess
 
@@ -32,13 +33,13 @@ class AugmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         blur: Probability of a Gaussian blur.
     """
 
-    rotation_deg: float = 40.0
+    rotation_deg: float = 30.0
     rotation_max_deg: float = 150.0
     scale: float = 1.4
     shift: float = 0.08
     mirror: float = 0.5
-    color: float = 0.35
-    cutout: float = 0.4
+    color: float = 0.3
+    cutout: float = 0.3
     blur: float = 0.1
 
 
@@ -57,19 +58,34 @@ class Patch:
     keypoints: NDArray[np.float32]
 
 
-_MARGIN = 2.2  # times the box: as far as padding, zoom and shift together can look
+_MARGIN = 1.76  # times the crop: as far as zoom and shift together can look, but for the corners of rotated views
 _OVERSAMPLE = 2.0  # patches are kept at up to this many pixels per input pixel
 
 
 def cut_patch(person: Person, preprocess: Preprocess) -> Patch:
-    """Read a photograph and keep what augmentation can see of one person."""
+    """Read a photograph and keep what augmentation can see of one person.
+
+    Raises:
+        ImageError: The photograph cannot be read.
+        AnnotationError: The person's box lies outside it.
+    """
     frame = read_image(person.image)
     box = person.box_xyxy
-    center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() / 2 * _MARGIN
+    zoom = float(crop_transforms(box[None], preprocess)[0, 0, 0])  # input pixels per pixel of the photograph
+    center, half = (box[:2] + box[2:]) / 2, max(preprocess.input_hw) / zoom / 2 * _MARGIN
     low = np.maximum(np.floor(center - half), 0).astype(int)
     high = np.minimum(np.ceil(center + half) + 1, frame.shape[1::-1]).astype(int)
+    if (box[:2] >= frame.shape[1::-1]).any() or (box[2:] <= 0).any():
+        raise AnnotationError(
+            f"{person.image}: annotation {person.annotation_id}: bbox",
+            found=f"{', '.join(f'{v:g}' for v in person.bbox_xywh)} (x, y, width, height)",
+            expected=f"a box that meets the photograph of {frame.shape[1]} x {frame.shape[0]} pixels",
+            fix="correct or remove the annotation",
+        )
     pixels: NDArray[np.uint8] = frame[low[1] : high[1], low[0] : high[0]]
-    scale = float(min(1.0, _OVERSAMPLE * crop_transforms(box[None], preprocess)[0, 0, 0]))
+    scale = min(1.0, _OVERSAMPLE * zoom)
+    if scale * min(pixels.shape[:2]) < 1:  # a box far larger than the photograph, which then is a speck in the crop
+        scale = 1.0
     if scale < 1:
         pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
     offset = np.array([low[0], low[1]])

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from edgepose.data.augment import Patch, augment, cut_patch
 from edgepose.data.coco import PoseDataset
-from edgepose.errors import SpecError
+from edgepose.errors import AnnotationError, SpecError
 from edgepose.pose.codec import encode_heatmap, encode_simcc
 from edgepose.spec import Heatmap, ModelSpec, SimCC
 from edgepose.training.config import TrainConfig
@@ -39,6 +39,29 @@ class Batch:
     weights: Tensor
 
 
+def check_people(data: PoseDataset, spec: ModelSpec) -> None:
+    """Refuse people that a network cannot be trained or measured on.
+
+    Raises:
+        AnnotationError: There is nobody.
+        SpecError: Their keypoints are not the network's.
+    """
+    if not data.persons:
+        raise AnnotationError(
+            str(data.source),
+            found="nobody with a labelled keypoint",
+            expected="at least one person",
+            fix="label some people, or choose another split",
+        )
+    if data.keypoints.names != spec.keypoints.names:
+        raise SpecError(
+            str(data.source),
+            found=f"{data.keypoints.count} keypoints ({', '.join(data.keypoints.names[:3])} …)",
+            expected=f"the {spec.keypoints.count} of {spec.name} ({', '.join(spec.keypoints.names[:3])} …)",
+            fix="train a network for this keypoint set",
+        )
+
+
 class AugmentedPeople(Dataset[Batch]):
     """All batches of a run by number; patches are cut once and shared with the workers by forking."""
 
@@ -50,13 +73,7 @@ class AugmentedPeople(Dataset[Batch]):
         *,
         on_patch: Callable[[], None] | None = None,
     ) -> None:
-        if data.keypoints.names != spec.keypoints.names:
-            raise SpecError(
-                str(data.source),
-                found=f"{data.keypoints.count} keypoints ({', '.join(data.keypoints.names[:3])} …)",
-                expected=f"the {spec.keypoints.count} of {spec.name} ({', '.join(spec.keypoints.names[:3])} …)",
-                fix="train a network for this keypoint set",
-            )
+        check_people(data, spec)
         self.spec, self.config, self.batch_size = spec, config, config.batch_size
         self.patches: list[Patch] = []
         for person in data.persons:

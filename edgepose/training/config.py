@@ -28,10 +28,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     epochs: int
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
-    warmup: float = 0.08
+    warmup: float = 0.05
     sigma_px: float = 3.0
     averaging: float = 0.998
     distill_weight: float = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import math
 import signal
 import threading
@@ -25,10 +26,10 @@ from torch import Tensor, nn
 
 from edgepose.blocks.losses import distillation_loss, keypoint_loss
 from edgepose.data.coco import PoseDataset
-from edgepose.errors import CheckpointError
+from edgepose.errors import CheckpointError, EdgeposeError
 from edgepose.pose import metrics
 from edgepose.spec import ModelSpec
-from edgepose.storage import atomic_file
+from edgepose.storage import atomic_write
 from edgepose.training.batches import AugmentedPeople, Batch, to_input
 from edgepose.training.config import TrainConfig
 from edgepose.training.predict import Crops, cut_crops, predict
@@ -66,7 +67,7 @@ class RunOptions:
     """
 
     state: Path | None = None
-    observer: Observer = Silent()
+    observer: Observer = field(default_factory=Silent)
     workers: int = 1
 
 
@@ -118,6 +119,7 @@ def fit(
 
     Raises:
         CheckpointError: The state belongs to another run.
+        EdgeposeError: The loss is no longer a number.
         Interrupted: SIGINT or SIGTERM; the state was saved.
     """
     tune_allocator()
@@ -125,7 +127,8 @@ def fit(
     people = _people(data[0], spec, config, observer)
     run = _Run(model, spec, cut_crops(data[1], spec), config, teacher)
     run.per_epoch = people.batches_per_epoch
-    identity = hashlib.sha256(msgspec.json.encode([config, data[0].digest, data[1].digest, spec])).hexdigest()
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} if m is not None else None for m in (model, teacher)]
+    identity = hashlib.sha256(msgspec.json.encode([config, data[0].digest, data[1].digest, spec, shapes])).hexdigest()
     if state is not None and state.exists():
         run.restore(state, identity)
     total = config.epochs * people.batches_per_epoch
@@ -199,14 +202,22 @@ class _Run:
                 taught = self.teacher(images)
             distilled = distillation_loss(outputs, taught, self.spec.decoder)
             loss = (1 - config.distill_weight) * loss + config.distill_weight * distilled
+        value = loss.item()
+        if not math.isfinite(value):
+            raise EdgeposeError(
+                f"training: step {state.step}",
+                found=f"a loss of {value}",
+                expected="a number",
+                fix="lower the learning rate, or train without bf16",
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         self.optimizer.step()
         state.step += 1
-        state.losses += loss.item()
+        state.losses += value
         self._average()
-        return loss.item()
+        return value
 
     def _average(self) -> None:
         # The average must forget the random start: its window grows with the run up to the configured decay.
@@ -249,9 +260,10 @@ class _Run:
             "scalars": {"step": self.state.step, "losses": self.state.losses, "best_epoch": self.state.best_epoch},
             "curve": self.state.curve,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            torch.save(content, temporary)
+        # Through memory: on a full disk torch's own writer raises RuntimeError, which says nothing of disks.
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        atomic_write(path, buffer.getvalue())
 
     def restore(self, path: Path, identity: str) -> None:
         try:
@@ -263,7 +275,7 @@ class _Run:
                 expected="the state of a stopped run",
                 fix="delete it to start afresh",
             ) from err
-        if content["identity"] != identity:
+        if not isinstance(content, dict) or content.get("identity") != identity:
             raise CheckpointError(
                 str(path),
                 found="the state of a run with other settings or data",
@@ -279,11 +291,11 @@ def tune_allocator() -> None:
     """Let glibc keep freed tensors instead of handing them back to the kernel: a third of a training step otherwise."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, _GIB)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _GIB - 1)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GIB = -1, -3, 1 << 30  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
@@ -299,8 +311,10 @@ def dev_metrics(predicted: Any, dev: Crops) -> dict[str, float]:
 
 
 def selection(row: dict[str, float]) -> float:
-    """What the best epoch is best in: the area under the PCK curve, or the extent PCK of sets without a torso."""
-    return row["auc"] if "auc" in row else row["pck_extent_0.1"]
+    """What the best epoch is best in: the area under the PCK curve, or the extent PCK of people without a torso."""
+    # Without a single complete torso the area is NaN, and no epoch would ever be better than the first.
+    names = ("auc", "limb12_extent_0.1", "pck_extent_0.1")
+    return next((row[name] for name in names if math.isfinite(row.get(name, math.nan))), -row["mpjpe_px"])
 
 
 def _one_cycle(progress: float, config: TrainConfig) -> float:

@@ -16,7 +16,7 @@ from edgepose.data.coco import PoseDataset, read_image
 from edgepose.pose.codec import decode
 from edgepose.pose.preprocess import crop_transforms, to_source, warp
 from edgepose.spec import ModelSpec
-from edgepose.training.batches import to_input
+from edgepose.training.batches import check_people, to_input
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,14 @@ class Crops:
 
 
 def cut_crops(data: PoseDataset, spec: ModelSpec) -> Crops:
-    """Cut every person's evaluation crop once."""
+    """Cut every person's evaluation crop once.
+
+    Raises:
+        AnnotationError: There is nobody.
+        SpecError: The people have other keypoints than the network.
+        ImageError: A photograph cannot be read.
+    """
+    check_people(data, spec)
     boxes = np.stack([person.box_xyxy for person in data.persons])
     transforms = crop_transforms(boxes, spec.preprocess)
     hw = spec.preprocess.input_hw

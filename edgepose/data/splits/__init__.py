@@ -27,9 +27,9 @@ def dev_ids(train: PoseDataset) -> tuple[int, ...]:
 
 
 def draw_dev_ids(train: PoseDataset) -> tuple[int, ...]:
-    """10 % of the people, drawn with seed 0 from the sorted annotation ids."""
-    ids = np.sort([person.annotation_id for person in train.persons])
-    count = round(_SHARE * len(ids))
+    """10 % of the people (one at least), drawn with seed 0 from the sorted annotation ids."""
+    ids = np.sort(np.array([person.annotation_id for person in train.persons], np.int64))
+    count = max(1, round(_SHARE * len(ids)))
     chosen = np.random.default_rng(_SEED).permutation(len(ids))[:count]
     return tuple(int(i) for i in np.sort(ids[chosen]))
 
@@ -40,6 +40,7 @@ def split_train(train: PoseDataset) -> tuple[PoseDataset, PoseDataset]:
     return train.without(held_out), train.subset(held_out)
 
 
-def image_digest(dataset: PoseDataset) -> frozenset[str]:
-    """sha256 of every photograph's bytes, to tell whether two sets share photographs whatever their names."""
-    return frozenset(hashlib.sha256(p.image.read_bytes()).hexdigest() for p in dataset.persons)
+def image_digests(data: PoseDataset) -> dict[str, str]:
+    """sha256 of every photograph's bytes → its file name: tells whether sets share photographs, whatever their names."""
+    files = {person.image for person in data.persons}
+    return {hashlib.sha256(path.read_bytes()).hexdigest(): path.name for path in files}
