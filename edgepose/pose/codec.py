@@ -28,16 +28,17 @@ def decode(outputs: Mapping[str, NDArray[np.floating]], decoder: Decoder) -> tup
         Keypoints (N, K, 2) float32 in pixels of the input crop, and scores (N, K) float32 in 0..1.
 
     Raises:
-        SpecError: An output that the decoder needs is absent.
+        SpecError: An output that the decoder needs is absent or has too few axes.
     """
     match decoder:
         case SimCC():
-            return _decode_simcc(_output(outputs, decoder.x), _output(outputs, decoder.y), decoder.split_ratio)
+            x, y = _output(outputs, decoder.x, "(N, K, bins)"), _output(outputs, decoder.y, "(N, K, bins)")
+            return _decode_simcc(x, y, decoder.split_ratio)
         case Heatmap():
-            return _decode_heatmap(_output(outputs, decoder.output), decoder)
+            return _decode_heatmap(_output(outputs, decoder.output, "(N, K, h, w)"), decoder)
 
 
-def _output(outputs: Mapping[str, NDArray[np.floating]], name: str) -> Floats:
+def _output(outputs: Mapping[str, NDArray[np.floating]], name: str, shape: str) -> Floats:
     if name not in outputs:
         raise SpecError(
             "decoder",
@@ -45,7 +46,11 @@ def _output(outputs: Mapping[str, NDArray[np.floating]], name: str) -> Floats:
             expected=f"an output named {name!r}",
             fix="correct the decoder in the model specification",
         )
-    return np.asarray(outputs[name], np.float32)
+    # In C order whatever the runtime's memory layout: `_dark_offset` writes through flattened views.
+    values = np.ascontiguousarray(outputs[name], np.float32)
+    if values.ndim != shape.count(",") + 1:
+        raise SpecError(f"decoder: output {name!r}", found=f"shape {values.shape}", expected=shape)
+    return values
 
 
 def _decode_simcc(x: Floats, y: Floats, split_ratio: float) -> tuple[Floats, Floats]:
@@ -76,7 +81,7 @@ def _peak_1d(logits: Floats) -> tuple[Floats, Floats]:
     left, mid, right = at(centre - _SUPPORT), at(centre), at(centre + _SUPPORT)
     curvature = left - 2 * mid + right
     with np.errstate(divide="ignore", invalid="ignore"):
-        shift = np.where(curvature < 0, _SUPPORT * 0.5 * (left - right) / curvature, 0.0)
+        shift = np.where(np.isfinite(curvature) & (curvature < 0), _SUPPORT * 0.5 * (left - right) / curvature, 0.0)
     inside = centre == peak
     position = np.where(inside, peak + np.clip(shift, -_SUPPORT, _SUPPORT), peak)
     cumulative = np.concatenate([np.zeros_like(probability[..., :1]), probability.cumsum(-1)], -1)
@@ -87,8 +92,8 @@ def _peak_1d(logits: Floats) -> tuple[Floats, Floats]:
 
 
 def _decode_heatmap(maps: Floats, decoder: Heatmap) -> tuple[Floats, Floats]:
-    count, joints, _, width = maps.shape
-    flat = maps.reshape(count, joints, -1)
+    count, joints, height, width = maps.shape
+    flat = maps.reshape(count, joints, height * width)
     peak = flat.argmax(-1)
     score = np.take_along_axis(flat, peak[..., None], -1)[..., 0]
     cells = np.stack([peak % width, peak // width], -1).astype(np.float32)
@@ -127,7 +132,8 @@ def _dark_offset(maps: Floats, cells: Floats) -> Floats:
     """Newton step on the smoothed log heat map (Zhang et al., DARK, CVPR 2020)."""
     smooth = np.empty_like(maps)
     for source, target in zip(maps.reshape(-1, *maps.shape[2:]), smooth.reshape(-1, *maps.shape[2:]), strict=True):
-        cv2.GaussianBlur(source, (3, 3), 0, dst=target)
+        # Nothing lies outside the map; a reflection would pull peaks beside the border towards it by half a cell.
+        cv2.GaussianBlur(source, (3, 3), 0, dst=target, borderType=cv2.BORDER_CONSTANT)
     v, inside = _neighbourhood(np.log(np.maximum(smooth, 1e-6)), cells)
     dx, dy = (v[..., 1, 2] - v[..., 1, 0]) / 2, (v[..., 2, 1] - v[..., 0, 1]) / 2
     dxx = v[..., 1, 2] - 2 * v[..., 1, 1] + v[..., 1, 0]
