@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -132,7 +131,7 @@ def read_coco(annotations: Path | str, images: Path | str) -> PoseDataset:
         ) from err
     try:
         document = json.loads(raw)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise AnnotationError(
             str(path), found=f"text that is not JSON ({err})", expected="COCO keypoint annotations"
         ) from err
@@ -149,27 +148,27 @@ def read_coco(annotations: Path | str, images: Path | str) -> PoseDataset:
 class _Reader:
     def __init__(self, path: Path, folder: Path, document: dict[str, Any]) -> None:
         self.path, self.folder = path, folder
-        self.annotations = self._list(document, "annotations")
-        self.categories = {}
-        for category in self._list(document, "categories"):
-            if isinstance(category, dict) and category.get("keypoints"):
-                self.categories[category.get("id")] = category
-        if len(self.categories) != 1:
+        self.annotations = self._by_id(document, "annotations")
+        self.categories = self._by_id(document, "categories")
+        with_keypoints = [(i, category) for i, category in self.categories.items() if category.get("keypoints")]
+        if len(with_keypoints) != 1:
             raise AnnotationError(
                 f"{path}: categories",
-                found=f"{len(self.categories)} categories with keypoints",
+                found=f"{len(with_keypoints)} categories with keypoints",
                 expected="exactly one",
                 fix="split the file by category",
             )
-        self.category_id, category = next(iter(self.categories.items()))
+        self.category_id, category = with_keypoints[0]
         self.keypoints = _keypoints(f"{path}: categories[{self.category_id}]", category)
-        self.files = {}
-        for image in self._list(document, "images"):
-            if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
+        self.files: dict[int, str] = {}
+        for image_id, image in self._by_id(document, "images").items():
+            if not isinstance(image.get("file_name"), str):
                 raise AnnotationError(
-                    f"{path}: images", found=f"{str(image)[:60]}", expected="an object with id and file_name"
+                    f"{path}: image {image_id}: file_name",
+                    found=repr(image.get("file_name"))[:60],
+                    expected="the name of a file",
                 )
-            self.files[image["id"]] = image["file_name"]
+            self.files[image_id] = image["file_name"]
         try:
             self.present = {entry.name for entry in folder.iterdir()}
         except OSError as err:
@@ -193,19 +192,33 @@ class _Reader:
             )
         return value
 
-    def persons(self) -> Iterable[Person]:
-        seen: set[int] = set()
-        for position, annotation in enumerate(self.annotations):
-            if not isinstance(annotation, dict) or not isinstance(annotation.get("id"), int):
+    def _by_id(self, document: dict[str, Any], field: str) -> dict[int, dict[str, Any]]:
+        """The objects of a list by their id, in file order."""
+        objects: dict[int, dict[str, Any]] = {}
+        for position, value in enumerate(self._list(document, field)):
+            if not isinstance(value, dict) or not _is_int(value.get("id")):
                 raise AnnotationError(
-                    f"{self.path}: annotations[{position}]", found="no integer id", expected="an annotation with an id"
+                    f"{self.path}: {field}[{position}]", found=repr(value)[:60], expected="an object with an integer id"
                 )
-            if annotation.get("category_id") != self.category_id or annotation.get("iscrowd"):
+            if value["id"] in objects:
+                raise AnnotationError(
+                    f"{self.path}: {field.rstrip('s')} {value['id']}: id",
+                    found="an id used twice",
+                    expected=f"unique ids in {field}",
+                )
+            objects[value["id"]] = value
+        return objects
+
+    def persons(self) -> Iterable[Person]:
+        for number, annotation in self.annotations.items():
+            where = f"{self.path}: annotation {number}"
+            category = annotation.get("category_id")
+            if not _is_int(category) or category not in self.categories:
+                raise AnnotationError(
+                    f"{where}: category_id", found=repr(category)[:60], expected=f"one of {sorted(self.categories)}"
+                )
+            if category != self.category_id or annotation.get("iscrowd"):
                 continue
-            where = f"{self.path}: annotation {annotation['id']}"
-            if annotation["id"] in seen:
-                raise AnnotationError(f"{where}: id", found="an id used twice", expected="unique annotation ids")
-            seen.add(annotation["id"])
             keypoints = self._keypoint_array(where, annotation.get("keypoints"))
             if not (keypoints[:, 2] > 0).any():
                 continue
@@ -217,7 +230,7 @@ class _Reader:
             yield Person(
                 self._image(where, annotation.get("image_id")),
                 annotation["image_id"],
-                annotation["id"],
+                number,
                 bbox,
                 keypoints.astype(np.float32),
             )
@@ -246,22 +259,33 @@ class _Reader:
                 where, found=found, expected=f"{count} numbers", fix="correct or remove the annotation"
             )
         for number in value:
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            # The bound keeps float32 finite; it also refuses NaN, which is not smaller than anything.
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < _LARGEST:
                 raise AnnotationError(
-                    where, found=repr(number), expected="finite numbers", fix="correct or remove the annotation"
+                    where, found=repr(number)[:60], expected="finite numbers", fix="correct or remove the annotation"
                 )
         return np.array(value, np.float64)
 
     def _image(self, where: str, image_id: object) -> Path:
-        if image_id not in self.files:
-            raise AnnotationError(f"{where}: image_id", found=repr(image_id), expected="the id of an entry in images")
-        name: str = self.files[image_id]
+        if not isinstance(image_id, int) or isinstance(image_id, bool) or image_id not in self.files:
+            raise AnnotationError(
+                f"{where}: image_id", found=repr(image_id)[:60], expected="the id of an entry in images"
+            )
+        name = self.files[image_id]
         path = self.folder / name
         if name not in self.present and not path.is_file():
             raise AnnotationError(
                 f"{where}: image_id", found=f"no file {path}", expected="the photograph", fix="check the images folder"
             )
         return path
+
+
+_LARGEST = 1e9
+"""No coordinate in pixels is as large."""
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _keypoints(where: str, category: dict[str, Any]) -> Keypoints:
@@ -274,18 +298,38 @@ def _keypoints(where: str, category: dict[str, Any]) -> Keypoints:
         pairs = [
             [i, index["right" + n[4:]]] for n, i in index.items() if n.startswith("left") and "right" + n[4:] in index
         ]
-    sigmas = category.get("oks_sigmas") or (COCO17_SIGMAS if len(names) == len(COCO17_SIGMAS) else ())
-    skeleton = [(a - 1, b - 1) for a, b in category.get("skeleton", [])]
-    for field, indices in (("flip_pairs", pairs), ("skeleton", skeleton)):
-        if any(not 0 <= i < len(names) for pair in indices for i in pair):
-            raise AnnotationError(
-                f"{where}: {field}",
-                found="an index outside the keypoints",
-                expected=f"indices of {len(names)} keypoints",
-            )
-    if sigmas and len(sigmas) != len(names):
-        raise AnnotationError(f"{where}: oks_sigmas", found=f"{len(sigmas)} numbers", expected=f"{len(names)}")
-    return Keypoints(tuple(names), tuple(skeleton), tuple((a, b) for a, b in pairs), tuple(float(s) for s in sigmas))
+    flip_pairs = _index_pairs(f"{where}: flip_pairs", pairs, len(names), first=0)
+    skeleton = _index_pairs(f"{where}: skeleton", category.get("skeleton") or [], len(names), first=1)
+    swapped = [i for pair in flip_pairs for i in pair]
+    if len(set(swapped)) != len(swapped):
+        raise AnnotationError(f"{where}: flip_pairs", found="a keypoint in two places", expected="each at most once")
+    sigmas = category.get("oks_sigmas") or (COCO17_SIGMAS if tuple(names) == COCO17_NAMES else ())
+    if not isinstance(sigmas, (list, tuple)) or (sigmas and len(sigmas) != len(names)):
+        found = f"{len(sigmas)} numbers" if isinstance(sigmas, list) else type(sigmas).__name__
+        raise AnnotationError(f"{where}: oks_sigmas", found=found, expected=f"{len(names)} numbers")
+    for sigma in sigmas:
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma < _LARGEST:
+            raise AnnotationError(f"{where}: oks_sigmas", found=repr(sigma)[:60], expected="numbers above 0")
+    return Keypoints(tuple(names), skeleton, flip_pairs, tuple(float(s) for s in sigmas))
+
+
+def _index_pairs(where: str, value: object, count: int, *, first: int) -> tuple[tuple[int, int], ...]:
+    """Pairs of keypoint numbers that start at `first` in the file, as pairs of 0-based indices."""
+    expected = f"pairs of numbers {first}..{count - 1 + first}"
+    if not isinstance(value, list):
+        raise AnnotationError(where, found=type(value).__name__, expected=expected)
+    for pair in value:
+        fits = isinstance(pair, list) and len(pair) == 2 and all(_is_int(i) and 0 <= i - first < count for i in pair)
+        if not fits or pair[0] == pair[1]:
+            raise AnnotationError(where, found=repr(pair)[:60], expected=expected)
+    return tuple((a - first, b - first) for a, b in value)
+
+
+COCO17_NAMES = (
+    "nose",
+    *(f"{side}_{part}" for part in ("eye", "ear", "shoulder", "elbow", "wrist") for side in ("left", "right")),
+    *(f"{side}_{part}" for part in ("hip", "knee", "ankle") for side in ("left", "right")),
+)
 
 
 COCO17_SIGMAS = (
@@ -326,11 +370,16 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
         raise ImageError(
             str(path), found=err.strerror or "an unreadable file", expected="an image file", fix="check the path"
         ) from err
-    if raw[:2] == b"\xff\xd8" and b"\xff\xd9" not in raw[-1024:]:
+    if raw[:2] == b"\xff\xd8" and not _jpeg_ends(raw):
         raise ImageError(
             str(path), found="a truncated JPEG (no end marker)", expected="a whole image", fix="copy the file again"
         )
-    frame = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR) if raw else None
+    try:
+        frame = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR) if raw else None
+    except cv2.error as err:  # a header that asks for more pixels than OpenCV decodes
+        raise ImageError(
+            str(path), found=f"an image that OpenCV refuses ({err})", expected="an ordinary image", fix="check the file"
+        ) from err
     if frame is None:
         raise ImageError(
             str(path),
@@ -339,3 +388,19 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
             fix="check the file",
         )
     return np.asarray(frame, np.uint8)
+
+
+def _jpeg_ends(raw: bytes) -> bool:
+    """Whether the entropy-coded data of a JPEG are followed by an end marker.
+
+    Decoders fill what is missing with grey. Thumbnails in the header have end markers of their own, and phones append
+    films behind the photograph's, so neither the first nor the last marker in the file tells.
+    """
+    position = 2
+    while raw[position : position + 1] == b"\xff" and position + 4 <= len(raw):
+        marker = raw[position + 1]
+        if marker == 0xDA:  # start of scan: behind it 0xff is always followed by 0 unless it starts a marker
+            return raw.find(b"\xff\xd9", position) >= 0
+        # 0xff may be repeated as padding; every other marker before the scan carries its length.
+        position += 1 if marker == 0xFF else 2 + int.from_bytes(raw[position + 2 : position + 4], "big")
+    return False
