@@ -1,0 +1,108 @@
+"""Flags that several verbs share, and the checks that several verbs make of what they were given.
+
+Invariant: a check costs nothing and comes before any work, so that a wrong flag never ends an hour's computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from edgepose.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgepose.data.coco import PoseDataset
+    from edgepose.spec import Backend, Precision
+
+BackendFlag = Annotated[
+    str | None, typer.Option("--backend", help="Take only engines of this runtime: onnxruntime, openvino.")
+]
+PrecisionFlag = Annotated[str | None, typer.Option("--precision", help="Take only engines of this precision.")]
+ThreadsFlag = Annotated[
+    int | None,
+    typer.Option("--threads", min=0, help="Threads of one inference, 0 for all physical cores. Default: the engine's."),
+]
+DataFlag = Annotated[Path | None, typer.Option("--data", help="Folder with SPLIT.json and images/.")]
+SplitFlag = Annotated[str, typer.Option("--split", help="Which annotation file of --data: SPLIT.json.")]
+AnnotationsFlag = Annotated[
+    Path | None, typer.Option("--annotations", help="COCO keypoint JSON, instead of --data; needs --images.")
+]
+ImagesFlag = Annotated[Path | None, typer.Option("--images", help="Folder of the photographs of --annotations.")]
+JsonFlag = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON to this file (- for stdout).")]
+StdoutJsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+SeedFlag = Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")]
+
+
+def checked_backend(name: str | None) -> Backend | None:
+    """The backend called `name`.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    from edgepose.runtime import BACKENDS
+
+    if name is not None and name not in BACKENDS:
+        raise UsageError("--backend", found=repr(name), expected=f"one of {', '.join(BACKENDS)}")
+    return name
+
+
+def checked_precision(name: str | None) -> Precision | None:
+    """The precision called `name`.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    known = ("fp32", "bf16", "fp16", "int8")
+    if name is not None and name not in known:
+        raise UsageError("--precision", found=repr(name), expected=f"one of {', '.join(known)}")
+    return cast("Precision | None", name)
+
+
+def labelled_people(data: Path | None, split: str, annotations: Path | None, images: Path | None) -> PoseDataset:
+    """The data set that --data and --split, or --annotations and --images, name.
+
+    Raises:
+        UsageError: Neither pair, or both.
+        DataUnavailable: It is not there.
+        AnnotationError: It breaks the format.
+    """
+    from edgepose.data.coco import dataset, read_coco
+
+    given = [name for name, value in (("--data", data), ("--annotations", annotations), ("--images", images)) if value]
+    if data is not None and len(given) == 1:
+        return dataset(data, split)
+    if data is None and annotations is not None and images is not None:
+        return read_coco(annotations, images)
+    expected = "--data DIR, or --annotations FILE and --images DIR"
+    raise UsageError("labelled photographs", found=" and ".join(given) or "neither", expected=expected)
+
+
+def check_outputs(outputs: Sequence[Path | None], inputs: Sequence[Path]) -> None:
+    """Refuses to write over what is read, into a bundle, or twice to one file.
+
+    Args:
+        outputs: Files or folders that will be written; None and "-" are passed over.
+        inputs: Files, folders and bundles that will be read.
+
+    Raises:
+        UsageError: Names the output at fault.
+    """
+    seen: set[Path] = set()
+    for output in outputs:
+        if output is None or output == Path("-"):
+            continue
+        resolved = output.resolve()
+        if resolved in seen:
+            raise UsageError(f"writing {output}", found="the same name given twice", expected="different files")
+        seen.add(resolved)
+        for source in (path.resolve() for path in inputs):
+            if resolved == source:
+                raise UsageError(
+                    f"writing {output}", found="the input itself", expected="another name", fix="choose another name"
+                )
+            if resolved.is_relative_to(source) and (source / "manifest.json").is_file():
+                fix = "a bundle never changes: choose a place outside it"
+                raise UsageError(f"writing {output}", found=f"a place inside the bundle {source.name}", fix=fix)

@@ -1,0 +1,144 @@
+"""`edgepose run`: poses of the people in a photograph, a folder of photographs, or a video.
+
+Invariant: the drawn pictures and the JSON appear only when the last frame was done; an error leaves neither.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgepose.cli.boxes import BoxFile, read_boxes
+from edgepose.cli.console import STDOUT, note, say, steps, write_json
+from edgepose.cli.options import (
+    BackendFlag,
+    JsonFlag,
+    PrecisionFlag,
+    ThreadsFlag,
+    check_outputs,
+    checked_backend,
+    checked_precision,
+)
+from edgepose.cli.pictures import Shot, Source, check_output_suffix, open_source, picture_sink, shots
+from edgepose.errors import AnnotationError, ImageError
+from edgepose.estimator import EstimatorInfo, PoseEstimator
+from edgepose.pose.draw import draw
+from edgepose.spec import Poses
+
+EXAMPLES = (
+    "edgepose run kpe-s.bundle photo.jpg --out drawn.jpg",
+    "edgepose run kpe-s.bundle photo.jpg --boxes boxes.json --json poses.json",
+    "edgepose run kpe-s.bundle photos --boxes annotations.json --out drawn",
+    "edgepose run kpe-s.bundle match.mp4 --backend openvino --threads 4 --out drawn.mp4",
+)
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A photograph, a folder of photographs, or a video.")
+    ],
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            "--boxes",
+            help="Where the people are: JSON [[x1, y1, x2, y2], …], {file name: such a list}, or COCO annotations. "
+            "Default: one person fills the frame.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Draw the poses: a picture, a folder or a video, as SOURCE is.")
+    ] = None,
+    json: JsonFlag = None,
+    backend: BackendFlag = None,
+    precision: PrecisionFlag = None,
+    threads: ThreadsFlag = None,
+    min_score: Annotated[
+        float, typer.Option("--min-score", min=0.0, max=1.0, help="Joints below it are drawn hollow.")
+    ] = 0.3,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Take grey photographs and such with an alpha channel.")
+    ] = False,
+    allow_short: Annotated[
+        bool, typer.Option("--allow-short", help="Take a video that ends before its header says.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder of pictures that is at --out.")] = False,
+) -> int:
+    """Find the poses of the people in SOURCE.
+
+    Prints a line per photograph; --out draws, --json writes keypoints [x, y] and scores in pixels of the source.
+    """
+    check_outputs([out, json], [path for path in (source, bundle, boxes) if path is not None])
+    chosen = checked_backend(backend), threads, checked_precision(precision)
+    opened = open_source(source)
+    if out is not None:
+        check_output_suffix(out, opened.kind)
+    people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
+    rows: list[dict[str, Any]] = []
+    with PoseEstimator.from_bundle(bundle, *chosen) as estimator:
+        info = estimator.info()
+        keypoints = estimator.spec.keypoints
+        with steps() as progress, picture_sink(out, opened, replace=force) as sink:
+            for shot in shots(opened, convert=convert, allow_short=allow_short):
+                poses = _poses(estimator, shot, people)
+                sink(shot, draw(shot.frame, poses, keypoints, min_score=min_score))
+                rows.append(_row(shot, poses))
+                if opened.total > 1:
+                    progress.told(f"running over {source.name}", len(rows), opened.total)
+            if json is not None:
+                write_json(json, rows)
+    _say_how(info, people)
+    if json != STDOUT:
+        _summary(opened, rows, min_score)
+    for path in (out, json):
+        if path not in (None, STDOUT):
+            note(f"wrote {path}")
+    return 0
+
+
+def _say_how(info: EstimatorInfo, people: BoxFile | None) -> None:
+    """After the work, so that a failure is the one line that is said."""
+    precision = f" {info.engine.precision}" if info.engine else ""
+    threads = f"threads: {info.threads}" if info.threads else "all physical cores"
+    note(f"{info.name} on {info.backend}{precision}, {threads}")
+    if people is None:
+        note("no --boxes given: took each whole frame as one person")
+
+
+def _poses(estimator: PoseEstimator, shot: Shot, people: BoxFile | None) -> Poses:
+    where = shot.name if shot.number is None else f"{shot.name}: frame {shot.number}"
+    try:
+        return estimator(shot.frame, people.of(shot.name, shot.number) if people is not None else None)
+    except (AnnotationError, ImageError) as err:
+        if err.where.startswith(("boxes", "frame")):
+            text = f"{where}: {err.where}"
+            raise type(err)(text, found=err.found, expected=err.expected, fix=err.fix) from err
+        raise
+
+
+def _row(shot: Shot, poses: Poses) -> dict[str, Any]:
+    people = [
+        {"keypoints": points, "scores": scores, "box": box}
+        for points, scores, box in zip(poses.keypoints, poses.scores, poses.boxes, strict=True)
+    ]
+    number = {} if shot.number is None else {"frame": shot.number}
+    return {"file_name": shot.name, **number, "poses": people}
+
+
+def _summary(source: Source, rows: list[dict[str, Any]], min_score: float) -> None:
+    if source.kind == "video":
+        people = sum(len(row["poses"]) for row in rows)
+        say(f"{source.path.name}: {len(rows)} frames, {people} poses")
+        return
+    for row in rows:
+        scores = [score for pose in row["poses"] for score in pose["scores"]]
+        count = len(row["poses"])
+        who = f"{count} {'person' if count == 1 else 'people'}"
+        sure = (
+            f", {sum(bool(s >= min_score) for s in scores)} of {len(scores)} joints above {min_score:g}"
+            if scores
+            else ""
+        )
+        say(f"{row['file_name']}: {who}{sure}")

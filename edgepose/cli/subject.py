@@ -1,0 +1,90 @@
+"""What `eval` and `inspect` are pointed at: a bundle, a checkpoint, or the name of a network in the zoo.
+
+Invariant: a folder is a bundle; a name of the zoo is that network, whatever lies in the working directory; everything
+else is the path of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepose.blocks.zoo import find_checkpoint, zoo_names
+from edgepose.errors import MissingDependency, UsageError
+from edgepose.estimator import PoseEstimator
+from edgepose.spec import Backend, Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A bundle or a checkpoint.
+
+    Attributes:
+        text: As it was named.
+        path: The bundle's folder, or the checkpoint without suffix.
+        is_bundle: Which of the two.
+    """
+
+    text: str
+    path: Path
+    is_bundle: bool
+
+
+def find_subject(text: str) -> Subject:
+    """What `text` names.
+
+    Raises:
+        CheckpointError: No network of that name.
+    """
+    path = Path(text)
+    if text not in zoo_names() and (path.is_dir() or text.rstrip("/").endswith(".bundle")):
+        return Subject(text, path, is_bundle=True)
+    if path.with_name(path.name + ".safetensors").is_file() and text not in zoo_names():
+        return Subject(text, path, is_bundle=False)
+    return Subject(text, find_checkpoint(text), is_bundle=False)
+
+
+@contextmanager
+def opened(
+    subject: Subject, *, backend: Backend | None, precision: Precision | None, threads: int | None
+) -> Iterator[PoseEstimator]:
+    """An estimator that runs the subject: a bundle's engine, or a checkpoint in torch.
+
+    Raises:
+        UsageError: A checkpoint has no engines to choose from.
+        MissingDependency: The runtime, or torch for a checkpoint, is not installed.
+        BadInput: It cannot be read.
+        IntegrityError: It was changed since it was written.
+    """
+    if subject.is_bundle:
+        with PoseEstimator.from_bundle(subject.path, backend, threads, precision) as estimator:
+            yield estimator
+        return
+    for flag, value in (("--backend", backend), ("--precision", precision)):
+        if value is not None:
+            fix = "leave it off, or compile the checkpoint and name the bundle"
+            raise UsageError(flag, found=f"{value} for a checkpoint, which torch runs", expected="a bundle", fix=fix)
+    with _checkpoint(subject.path, threads) as estimator:
+        yield estimator
+
+
+@contextmanager
+def _checkpoint(path: Path, threads: int | None) -> Iterator[PoseEstimator]:
+    from edgepose.blocks.card import read_card
+    from edgepose.host import physical_cores
+
+    read_card(path)  # says at once that there is no checkpoint; torch takes seconds to load
+    try:
+        import torch
+
+        from edgepose.stages.networks import load_network
+        from edgepose.training.session import TorchSession
+    except ImportError as err:
+        raise MissingDependency(err.name or "torch", extra="compile", needed_for=f"running {path} in torch") from err
+    torch.set_num_threads(threads or physical_cores())
+    network, checkpoint = load_network(path)
+    spec = checkpoint.card.spec
+    with PoseEstimator(TorchSession(network, spec), spec, backend="torch") as estimator:
+        yield estimator

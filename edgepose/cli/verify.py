@@ -1,0 +1,119 @@
+"""`edgepose verify`: is a bundle what was written, and do its engines still answer what they answered then?
+
+Invariant: every byte is hashed before any engine is loaded, and an engine that could not be run is named, never passed
+over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from edgepose.bundle import Bundle, check_engine, verify_bundle
+from edgepose.cli.console import STDOUT, note, say, show_table, steps, write_json
+from edgepose.cli.options import StdoutJsonFlag, ThreadsFlag
+from edgepose.errors import BackendUnavailable, EnvironmentFault, ParityError
+from edgepose.golden import KEYPOINTS, check_golden
+from edgepose.runtime import open_session
+from edgepose.spec import Engine
+
+EXAMPLES = (
+    "edgepose verify kpe-s.bundle",
+    "edgepose verify kpe-s.bundle --hashes-only",
+    "edgepose verify kpe-s.bundle --json",
+)
+
+_WORDS = {
+    "same": "answers as recorded",
+    "different": "ANSWERS DIFFERENTLY",
+    "unknown": "runs, nothing to compare with",
+    "not run": "not run here",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCheck:
+    """What became of one engine.
+
+    Attributes:
+        engine: Path in the bundle.
+        backend: Runtime it is for.
+        precision: Its precision.
+        outcome: "same" and "different" compare with the golden vectors; "unknown" where the bundle has none.
+        detail: The largest difference of the keypoints, or why it was not run.
+        fault: The error behind "different" and "not run".
+    """
+
+    engine: str
+    backend: str
+    precision: str
+    outcome: Literal["same", "different", "unknown", "not run"]
+    detail: str
+    fault: ParityError | EnvironmentFault | None = None
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    threads: ThreadsFlag = None,
+    hashes_only: Annotated[bool, typer.Option("--hashes-only", help="Run no engine.")] = False,
+    json: StdoutJsonFlag = False,
+) -> int:
+    """Check every byte of a bundle, then run each engine on the bundle's golden inputs.
+
+    Exit code 8 where a file was changed, 5 where an engine answers differently, 6 where no engine can be run here.
+    """
+    checked = verify_bundle(bundle)
+    files = len(checked.manifest.files)
+    if not json:
+        say(f"{bundle}: all {files} files are what the manifest says; digest {checked.digest}")
+    engines = () if hashes_only else checked.manifest.engines
+    checks: list[EngineCheck] = []
+    with steps() as progress:
+        for number, engine in enumerate(engines):
+            progress.told("running engines", number, len(engines))
+            checks.append(_check(checked, engine, threads))
+    if json:
+        rows = [{**asdict(check), "fault": str(check.fault or "")} for check in checks]
+        write_json(STDOUT, {"bundle": str(bundle), "digest": checked.digest, "files": files, "engines": rows})
+    elif checks:
+        cells = [(c.engine, f"{c.backend} {c.precision}", _WORDS[c.outcome], c.detail) for c in checks]
+        show_table(("engine", "runtime", "outcome", ""), cells)
+    return _conclude(bundle, checks)
+
+
+def _check(bundle: Bundle, engine: Engine, threads: int | None) -> EngineCheck:
+    told = engine.path, engine.backend, engine.precision
+    used = engine.threads if threads is None else threads
+    try:
+        session = open_session(check_engine(bundle, engine), engine.backend, threads=used, precision=engine.precision)
+    except EnvironmentFault as err:
+        return EngineCheck(*told, "not run", f"{err.found}; {err.fix}" if err.fix else err.found, err)
+    try:
+        found = check_golden(bundle, engine, session)
+    except ParityError as err:
+        return EngineCheck(*told, "different", str(err), err)
+    finally:
+        session.close()
+    if found is None:
+        return EngineCheck(*told, "unknown", "the bundle has no golden vectors")
+    return EngineCheck(*told, "same", f"keypoints within {found.differences[KEYPOINTS]:.3g} px")
+
+
+def _conclude(bundle: Path, checks: list[EngineCheck]) -> int:
+    for check in checks:
+        if isinstance(check.fault, ParityError):
+            raise check.fault
+    idle = [check for check in checks if check.fault is not None]
+    if idle and len(idle) == len(checks):
+        raise BackendUnavailable(
+            f"{bundle}",
+            found=f"no engine that can be run on this machine ({idle[0].detail})",
+            expected="at least one",
+            fix="install a runtime, or check the files alone with --hashes-only",
+        )
+    for check in idle:
+        note(f"{check.engine} was not run")
+    return 0
