@@ -66,6 +66,12 @@ class GateRun:
     candidate: ArmEvidence
     together: PairEvidence
 
+    @property
+    def timings(self) -> LatencyComparison | None:
+        """All pairs that were measured, those of the confirmation included."""
+        first, again = self.together.latency, self.together.confirmation
+        return first if first is None or again is None else merged(first, again)
+
 
 def run_gate(
     baseline: str | os.PathLike[str],

@@ -9,6 +9,7 @@ replies leave on what was the standard output; whatever libraries print goes to 
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -67,12 +68,16 @@ class _Worker:
         budget = harness.Budget(int(request.warm_up_ms * 1e6), _WARM_UP_CALLS)
         warm = harness.warm_up(self.calls, budget, clock=_CLOCK).sum(axis=1)
         self.first_call_ms = float(warm[0]) / 1e6
+        gc.collect()
+        gc.freeze()  # what was imported and loaded stays; collections between blocks need not look at it again
+        gc.disable()
         settled = warm[len(warm) // 2 :]
         names = tuple(name for name, _ in self.workload.stages)
         return Ready(float(np.median(settled)), names, self.workload.people)
 
     def block(self, request: RunBlock) -> Timed:
         self._require_loaded()
+        gc.collect()
         for call in self.calls:
             call()
         return self._timed(harness.Budget(0, request.calls, request.calls))
