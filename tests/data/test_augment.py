@@ -1,0 +1,188 @@
+"""Random views: keypoints follow their pixels, mirrors swap sides, and everything comes from the generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+import pytest
+
+from edgepose.data.augment import AugmentConfig, augment, cut_patch, mirror
+from edgepose.data.coco import Person, read_image
+from edgepose.errors import AnnotationError, ImageError
+from edgepose.pose.preprocess import apply_transforms, crop_transforms, warp
+from edgepose.spec import Keypoints, Preprocess
+
+KEYPOINTS = Keypoints(("nose", "left_hand", "right_hand"), flip_pairs=((1, 2),))
+COLOURS = np.eye(3)  # nose blue, left hand green, right hand red
+PREPROCESS = Preprocess(input_hw=(96, 64))
+GEOMETRY = AugmentConfig(color=0, cutout=0, blur=0)
+STILL = AugmentConfig(rotation_deg=0, scale=1, shift=0, mirror=0, color=0, cutout=0, blur=0)
+
+
+def dotted(folder: Path, joints: np.ndarray, size_hw: tuple[int, int], radius: float) -> Person:
+    """A photograph with a soft dot of its own colour at each joint; the last row's v may be 0."""
+    y, x = np.mgrid[: size_hw[0], : size_hw[1]]
+    frame = np.zeros((*size_hw, 3))
+    for (px, py, _), colour in zip(joints, COLOURS, strict=True):
+        dot = np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * radius**2))
+        frame += 255 * dot[..., None] * colour
+    path = folder / "dots.png"
+    cv2.imwrite(str(path), np.rint(frame).astype(np.uint8))
+    low, high = joints[:, :2].min(0) - 7 * radius, joints[:, :2].max(0) + 7 * radius
+    return Person(path, 1, 5, np.array([*low, *(high - low)]), joints.astype(np.float32))
+
+
+@pytest.fixture(params=[1, 5], ids=["small photograph", "large photograph"])
+def person(request: pytest.FixtureRequest, tmp_path: Path) -> Person:
+    """The large one is shrunk before it is kept."""
+    k = request.param
+    joints = np.array([[60.3 * k, 40.7 * k, 2], [45.1 * k, 70.2 * k, 1], [82.6 * k, 66.5 * k, 2]])
+    return dotted(tmp_path, joints, (110 * k, 130 * k), 3.0 * k)
+
+
+def found_at(crop: np.ndarray, colour: int) -> np.ndarray:
+    """Centre of mass of one colour, (2,) x y."""
+    mass = crop[..., colour].astype(np.float64)
+    mass[mass < 8] = 0
+    rows, columns = np.mgrid[: crop.shape[0], : crop.shape[1]]
+    return np.array([(mass * columns).sum(), (mass * rows).sum()]) / mass.sum()
+
+
+def turn(nose: np.ndarray, left: np.ndarray, right: np.ndarray) -> float:
+    """Positive or negative, depending on which side of the way from nose to left hand the right hand lies."""
+    (ax, ay), (bx, by) = left - nose, right - nose
+    return float(np.sign(ax * by - ay * bx))
+
+
+@pytest.mark.parametrize("config", [GEOMETRY, msgspec.structs.replace(GEOMETRY, mirror=1.0)], ids=["any", "mirrored"])
+def test_keypoints_follow_their_pixels_and_mirrors_swap_sides(person: Person, config: AugmentConfig) -> None:
+    patch = cut_patch(person, PREPROCESS)
+    mirrored = []
+    for seed in range(40):
+        crop, points, _ = augment(patch, PREPROCESS, KEYPOINTS, config, np.random.default_rng(seed))
+        assert (crop.shape, crop.dtype, points.shape, points.dtype) == ((96, 64, 3), np.uint8, (3, 2), np.float32)
+        if not ((points > 11) & (points < (52, 84))).all():
+            continue  # a dot may be cut
+        nose, left, right = (found_at(crop, colour) for colour in range(3))
+        mirrored.append(turn(nose, left, right) != turn(*person.keypoints[:, :2]))
+        if mirrored[-1]:  # what was the left hand is a right hand now
+            left, right = right, left
+        assert np.abs(np.stack([nose, left, right]) - points).max() < 0.3, seed
+    assert len(mirrored) > 15
+    share = np.mean(mirrored)
+    assert share == 1 if config.mirror == 1 else 0.2 < share < 0.8
+
+
+def test_weights_count_what_is_labelled_and_in_the_crop(tmp_path: Path) -> None:
+    joints = np.array([[60.0, 40, 2], [45, 70, 1], [82, 66, 0]])
+    patch = cut_patch(dotted(tmp_path, joints, (110, 130), 3), PREPROCESS)
+    *_, weights = augment(patch, PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
+    assert weights.dtype == np.float32
+    assert weights.tolist() == [1, 1, 0]
+    # The unlabelled joint stays unlabelled under its new name.
+    *_, weights = augment(
+        patch, PREPROCESS, KEYPOINTS, msgspec.structs.replace(STILL, mirror=1.0), np.random.default_rng(0)
+    )
+    assert weights.tolist() == [1, 0, 1]
+    wild = msgspec.structs.replace(GEOMETRY, shift=0.6)
+    outside = 0
+    for seed in range(30):
+        _, points, weights = augment(patch, PREPROCESS, KEYPOINTS, wild, np.random.default_rng(seed))
+        inside = ((points >= 0) & (points <= (63, 95))).all(1)
+        assert not weights[~inside].any()
+        outside += (~inside).sum()
+        assert (weights[inside] > 0).sum() >= inside.sum() - 1
+    assert outside > 20
+
+
+def test_equal_generators_give_equal_views_and_others_do_not(person: Person) -> None:
+    patch = cut_patch(person, PREPROCESS)
+    before = patch.pixels.copy(), patch.keypoints.copy(), patch.box_xyxy.copy()
+    everything = AugmentConfig(blur=0.5, cutout=1.0)
+    views = [augment(patch, PREPROCESS, KEYPOINTS, everything, np.random.default_rng(s)) for s in (3, 3, 4)]
+    for first, second in zip(views[0], views[1], strict=True):
+        assert np.array_equal(first, second)
+    assert not np.array_equal(views[0][0], views[2][0])
+    assert not np.array_equal(views[0][1], views[2][1])
+    for now, then in zip((patch.pixels, patch.keypoints, patch.box_xyxy), before, strict=True):
+        assert np.array_equal(now, then)
+
+
+@pytest.mark.parametrize("name", ["color", "cutout", "blur"])
+def test_each_disturbance_changes_pixels_and_never_keypoints(name: str, person: Person) -> None:
+    patch = cut_patch(person, PREPROCESS)
+    plain, points, weights = augment(patch, PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(1))
+    config = msgspec.structs.replace(STILL, **{name: 1.0})
+    disturbed, *labels = augment(patch, PREPROCESS, KEYPOINTS, config, np.random.default_rng(1))
+    assert (disturbed != plain).mean() > 0.02
+    assert np.array_equal(labels[0], points)
+    assert np.array_equal(labels[1], weights)
+
+
+@pytest.mark.parametrize("input_hw", [(96, 64), (64, 96), (64, 64)])
+def test_no_augmentation_is_the_evaluation_crop(input_hw: tuple[int, int], tmp_path: Path) -> None:
+    """Training and evaluation must agree on what the network sees."""
+    preprocess = Preprocess(input_hw=input_hw)
+    noise = np.random.default_rng(0).integers(0, 256, (120, 150, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / "x.png"), cv2.GaussianBlur(noise, (0, 0), 2))
+    person = Person(tmp_path / "x.png", 1, 1, np.array([50.0, 30, 40, 50]), np.ones((3, 3), np.float32))
+    crop, points, _ = augment(cut_patch(person, preprocess), preprocess, KEYPOINTS, STILL, np.random.default_rng(0))
+    transforms = crop_transforms(person.box_xyxy[None], preprocess)
+    assert np.abs(points - apply_transforms(person.keypoints[None, :, :2], transforms)[0]).max() < 1e-3
+    assert np.abs(crop.astype(int) - warp(read_image(person.image), transforms, input_hw)[0]).max() <= 3
+
+
+@pytest.mark.parametrize("input_hw", [(96, 64), (64, 96)])
+def test_a_patch_holds_all_that_upright_views_can_see(input_hw: tuple[int, int], tmp_path: Path) -> None:
+    preprocess = Preprocess(input_hw=input_hw)
+    cv2.imwrite(str(tmp_path / "white.png"), np.full((400, 400, 3), 255, np.uint8))
+    upright = msgspec.structs.replace(GEOMETRY, rotation_deg=0)
+    for box in ([190.0, 150, 30, 90], [150.0, 190, 90, 30]):
+        person = Person(tmp_path / "white.png", 1, 1, np.array(box), np.ones((3, 3), np.float32))
+        patch = cut_patch(person, preprocess)
+        assert patch.pixels.shape[0] < 400  # otherwise this test says nothing
+        for seed in range(30):
+            assert augment(patch, preprocess, KEYPOINTS, upright, np.random.default_rng(seed))[0].min() == 255
+
+
+def test_large_photographs_are_kept_at_twice_the_inputs_resolution(tmp_path: Path) -> None:
+    joints = np.array([[600.0, 400, 2], [450, 700, 2], [820, 660, 2]])
+    person = dotted(tmp_path, joints, (1100, 1300), 20)
+    patch = cut_patch(person, PREPROCESS)
+    scale = crop_transforms(patch.box_xyxy[None], PREPROCESS)[0, 0, 0]
+    assert scale == pytest.approx(0.5, rel=0.01)
+    assert patch.pixels.nbytes < 0.1 * 1100 * 1300 * 3
+
+
+def test_a_box_beside_the_photograph_is_refused(person: Person) -> None:
+    for box in ([-50.0, 10, 40, 40], [10.0, 5000, 40, 40]):
+        outside = Person(person.image, 1, 77, np.array(box), person.keypoints)
+        with pytest.raises(AnnotationError, match=r"dots\.png: annotation 77: bbox: .*meets the photograph"):
+            cut_patch(outside, PREPROCESS)
+
+
+def test_a_speck_of_a_photograph_in_a_huge_box_is_bearable(person: Person) -> None:
+    huge = Person(person.image, 1, 1, np.array([-5e5, -5e5, 1e6, 1e6]), person.keypoints)
+    crop, *_ = augment(cut_patch(huge, PREPROCESS), PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
+    assert crop.shape == (96, 64, 3)
+
+
+def test_a_missing_photograph_is_named(tmp_path: Path) -> None:
+    absent = Person(tmp_path / "absent.png", 1, 1, np.array([0.0, 0, 9, 9]), np.ones((3, 3), np.float32))
+    with pytest.raises(ImageError, match=r"absent\.png"):
+        cut_patch(absent, PREPROCESS)
+
+
+def test_mirroring_twice_changes_nothing() -> None:
+    points = np.random.default_rng(0).uniform(0, 63, (3, 2)).astype(np.float32)
+    weights = np.array([1, 0, 1], np.float32)
+    once = mirror(points, weights, 64, KEYPOINTS)
+    assert once[0][0].tolist() == pytest.approx([63 - points[0, 0], points[0, 1]])
+    assert once[0][1].tolist() == pytest.approx([63 - points[2, 0], points[2, 1]])
+    assert once[1].tolist() == [1, 1, 0]
+    twice = mirror(*once, 64, KEYPOINTS)
+    assert np.abs(twice[0] - points).max() < 1e-4
+    assert np.array_equal(twice[1], weights)
