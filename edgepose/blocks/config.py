@@ -35,7 +35,7 @@ class KPEConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     neck: PositiveInt
     stride: Literal[4, 8, 16, 32] = 8
     head: Literal["simcc", "heatmap"] = "simcc"
-    split_ratio: float = 2.0
+    split_ratio: Annotated[float, msgspec.Meta(gt=0)] = 2.0
 
 
 PRESETS: dict[str, KPEConfig] = {
