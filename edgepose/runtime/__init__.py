@@ -13,6 +13,9 @@ from edgepose.errors import BackendUnavailable, EdgeposeError, MissingDependency
 from edgepose.host import physical_cores
 from edgepose.runtime.session import Session, check_feeds
 from edgepose.spec import Backend, Precision
+from edgepose.telemetry import block_telemetry
+
+block_telemetry()  # before any leaf imports openvino
 
 __all__ = ["BACKENDS", "EXECUTABLE", "Session", "check_feeds", "extra_of", "installed_backends", "open_session"]
 
