@@ -203,10 +203,16 @@ def _require_colour(path: Path) -> None:
     )
 
 
+def _capture(path: Path) -> cv2.VideoCapture:
+    """A reader; ffmpeg's where OpenCV has it, since the others write lines of their own about bad files."""
+    has_ffmpeg = cv2.CAP_FFMPEG in cv2.videoio_registry.getStreamBackends()
+    return cv2.VideoCapture(str(path), cv2.CAP_FFMPEG if has_ffmpeg else cv2.CAP_ANY)
+
+
 def _opened(path: Path) -> cv2.VideoCapture:
     if not path.is_file():
         raise VideoError(str(path), found="no such file", expected="a video", fix="check the path")
-    capture = cv2.VideoCapture(str(path))
+    capture = _capture(path)
     if not capture.isOpened():
         capture.release()
         raise VideoError(
@@ -275,7 +281,7 @@ def _writer(path: Path, fps: float, picture: Frame) -> cv2.VideoWriter:
 
 def _check_video(temporary: Path, out: Path, written: int) -> None:
     """The encoder says nothing of a full disk; only reading back does."""
-    capture = cv2.VideoCapture(str(temporary))
+    capture = _capture(temporary)
     found = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
     capture.release()
     if found < written:

@@ -80,15 +80,18 @@ def run(
     with PoseEstimator.from_bundle(bundle, *chosen) as estimator:
         info = estimator.info()
         keypoints = estimator.spec.keypoints
-        with steps() as progress, picture_sink(out, opened, replace=force) as sink:
-            for shot in shots(opened, convert=convert, allow_short=allow_short):
-                poses = _poses(estimator, shot, people)
-                sink(shot, draw(shot.frame, poses, keypoints, min_score=min_score))
-                rows.append(_row(shot, poses))
-                if opened.total > 1:
-                    progress.told(f"running over {source.name}", len(rows), opened.total)
-            if json is not None:
-                write_json(json, rows)
+        with steps() as progress:
+            with picture_sink(out, opened, replace=force) as sink:
+                for shot in shots(opened, convert=convert, allow_short=allow_short):
+                    poses = _poses(estimator, shot, people)
+                    sink(shot, draw(shot.frame, poses, keypoints, min_score=min_score))
+                    rows.append(_row(shot, poses))
+                    if len(rows) < opened.total:
+                        progress.told(f"running over {source.name}", len(rows), opened.total)
+                if json is not None:
+                    write_json(json, rows)
+            if opened.total > 1:
+                progress.told(f"running over {source.name}", len(rows), len(rows))
     _say_how(info, people)
     if json != STDOUT:
         _summary(opened, rows, min_score)
