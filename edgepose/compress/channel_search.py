@@ -65,7 +65,7 @@ def choose_kept(
     Args:
         model: The full network.
         groups: Its prunable groups.
-        scores: (size,) importance of the channels of each group.
+        scores: (size,) importance of the channels of each group; compared between groups by scope "global" only.
         macs: Multiply-accumulates of the full network.
         budget: How much of them to remove, within which limits.
 
@@ -97,6 +97,18 @@ def choose_kept(
         low, high = (low, middle) if removed_at(middle) >= ratio else (middle, high)
     below = removed_at(low)
     return kept_at(low if below > 0 and ratio - below < removed_at(high) - ratio else high)
+
+
+def macs_per_channel(model: nn.Module, group: ChannelGroup, macs: Macs) -> float:
+    """Multiply-accumulates that go with one channel of `group` while all other channels stay."""
+    shares = (
+        macs.layers[member.layer]
+        * len(member.channels)
+        / widths(model.get_submodule(member.layer))[member.side == "out"]
+        for member in group.members
+        if member.layer in macs.layers
+    )
+    return sum(shares) / group.size
 
 
 def _uniform(groups: Sequence[ChannelGroup], budget: Budget) -> tuple[int, Callable[[int], list[int]]]:

@@ -1,7 +1,8 @@
 """How much each channel of a group matters, by six criteria.
 
-Invariant: a score is non-negative, float64, one per channel of the group, and has mean 1 over the group (unless all are
-zero), so that scores of different groups can be ranked together. Equal inputs give equal scores.
+Invariant: a score is non-negative, float64, one per channel of the group, and scores of different groups can be ranked
+together: "taylor" speaks of the loss everywhere, the others have no common unit and get mean 1 over each group (unless
+all are zero). Equal inputs give equal scores.
 
 torch-pruning has estimators of its own; these replace them because its FPGM measures distances between *squared*
 weights and its Taylor score passes over batch normalisation, where the signal is.
@@ -44,7 +45,7 @@ def channel_scores(
         seed: Seed of "random"; read by that one only.
 
     Returns:
-        (group.size,) float64, mean 1; the lowest go first.
+        (group.size,) float64; the lowest go first.
     """
     match importance:
         case "l1":
@@ -54,7 +55,7 @@ def channel_scores(
         case "bn_scale":
             scores = _norm_scale(model, group)
         case "taylor":
-            scores = _taylor(group, gates)
+            return _taylor(group, gates)
         case "fpgm":
             scores = _geometric_median(model, group)
         case "random":

@@ -32,7 +32,8 @@ class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ratio: Fraction of the network's multiply-accumulates to remove; the nearest that `round_to` permits is taken.
         importance: Criterion by which channels of a group are ranked (see `edgepose.compress.importance`).
         scope: "global" ranks the channels of all groups together, so that unimportant layers become narrower than
-            others; "uniform" takes the same fraction of every group.
+            others; "uniform" takes the same fraction of every group. "taylor" is meant for "global": it ranks by the
+            loss that a removed multiply-accumulate costs. The other criteria compare groups by convention only.
         round_to: Channel counts of the layers that change are multiples of this; take it from the target.
         min_channels: No group gets narrower than this.
         max_layer_ratio: No group loses more than this fraction of its channels.

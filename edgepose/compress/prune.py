@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from edgepose.compress.channel_groups import ChannelGroup, Side, trace_channel_groups
-from edgepose.compress.channel_search import Budget, choose_kept
+from edgepose.compress.channel_search import Budget, choose_kept, macs_per_channel
 from edgepose.compress.importance import Losses, channel_scores, gate_products
 from edgepose.compress.layers import is_depthwise, kind_of, widths
 from edgepose.compress.macs import count_macs, evaluation_mode
@@ -80,9 +80,13 @@ def plan_pruning(
     work = copy.deepcopy(model).eval()
     groups, frozen = _prunable_groups(work, example, config)
     macs = count_macs(work, example)
-    scores = [channel_scores(model, g, config.importance, gates=gates, seed=config.seed) for g in groups]
+    scores = [channel_scores(work, g, config.importance, gates=gates, seed=config.seed) for g in groups]
+    if (
+        config.importance == "taylor"
+    ):  # what matters is the loss per multiply-accumulate: the rank of a knapsack's items
+        scores = [s / macs_per_channel(work, g, macs) for g, s in zip(groups, scores, strict=True)]
     budget = Budget(config.ratio, config.scope, config.round_to, config.min_channels, config.max_layer_ratio)
-    kept_counts = choose_kept(model, groups, scores, macs, budget)
+    kept_counts = choose_kept(work, groups, scores, macs, budget)
     gone = {
         group.name: torch.argsort(score, stable=True)[: group.size - kept].tolist()
         for group, score, kept in zip(groups, scores, kept_counts, strict=True)
