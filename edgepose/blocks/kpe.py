@@ -85,6 +85,10 @@ class HeatmapHead(nn.Module):
         self.relu = nn.ReLU()
         self.maps = nn.Conv2d(channels, num_keypoints, 1)
 
+    def start_near_zero(self) -> None:
+        """Start with almost empty maps, as labels are: from large random ones most epochs go into emptying them."""
+        nn.init.normal_(self.maps.weight, std=0.001)
+
     def forward(self, features: Tensor) -> tuple[Tensor]:
         return (self.maps(self.relu(self.hidden(features))),)
 
@@ -154,6 +158,9 @@ def build(config: KPEConfig, keypoints: Keypoints, *, seed: int = 0) -> KPENet:
         torch.manual_seed(seed)
         network = KPENet(config, keypoints.count)
         initialise(network)
-        if isinstance(network.block.head, SimCCHead):
-            network.block.head.start_as_projection()
+        head = network.block.head
+        if isinstance(head, SimCCHead):
+            head.start_as_projection()
+        elif isinstance(head, HeatmapHead):
+            head.start_near_zero()
     return network

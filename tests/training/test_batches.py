@@ -1,0 +1,121 @@
+"""Batches: a function of seed and number alone, whoever prepares them; the tensors that networks see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from edgepose.blocks.config import spec_of
+from edgepose.data.coco import PoseDataset, read_image
+from edgepose.pose.codec import decode
+from edgepose.pose.preprocess import crop_transforms, normalise, warp
+from edgepose.spec import ModelSpec
+from edgepose.training.batches import AugmentedPeople, Batch, to_input
+from tests.training.dots import CONFIG, KEYPOINTS, NETWORK, SPEC, dots
+
+HEAT = spec_of(msgspec.structs.replace(NETWORK, head="heatmap", stride=4), KEYPOINTS)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> PoseDataset:
+    return dots(tmp_path_factory.mktemp("dots"), "train", 20, seed=1)
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    tensors = [(batch.crops, batch.weights, *batch.targets) for batch in (first, second)]
+    return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+@pytest.mark.parametrize("spec", [SPEC, HEAT], ids=["simcc", "heatmap"])
+def test_shapes_and_types(spec: ModelSpec, people: PoseDataset) -> None:
+    batch = AugmentedPeople(people, spec, CONFIG)[0]
+    assert (batch.crops.shape, batch.crops.dtype) == ((8, 64, 64, 3), torch.uint8)
+    assert (batch.weights.shape, batch.weights.dtype) == ((8, 4), torch.float32)
+    assert [tuple(t.shape[1:]) for t in batch.targets] == [o.shape[1:] for o in spec.outputs]
+    assert {t.dtype for t in batch.targets} == {torch.float32}
+
+
+@pytest.mark.parametrize("spec", [SPEC, HEAT], ids=["simcc", "heatmap"])
+def test_labels_lie_on_the_dots(spec: ModelSpec, people: PoseDataset) -> None:
+    """Decoding the labels finds pixels of the dots' own colours."""
+    config = msgspec.structs.replace(
+        CONFIG, augment=msgspec.structs.replace(CONFIG.augment, mirror=0, color=0, cutout=0)
+    )
+    batch = AugmentedPeople(people, spec, config)[0]
+    targets = [t.log().clamp(min=-30) for t in batch.targets] if spec is SPEC else batch.targets
+    points, _ = decode({o.name: t.numpy() for o, t in zip(spec.outputs, targets, strict=True)}, spec.decoder)
+    for crop, joints, weights in zip(batch.crops.numpy(), points, batch.weights.numpy(), strict=True):
+        for joint, (x, y) in enumerate(joints[:3]):  # blue, green, red
+            if weights[joint]:
+                pixel = crop[round(float(y)), round(float(x))].astype(int)
+                assert pixel.argmax() == joint
+                assert pixel[joint] > 150
+
+
+def test_batches_are_functions_of_their_number(people: PoseDataset) -> None:
+    first, second = AugmentedPeople(people, SPEC, CONFIG), AugmentedPeople(people, SPEC, CONFIG)
+    assert equal(first[5], second[5])
+    assert equal(first[5], first[5])
+    assert not equal(first[0], first[first.batches_per_epoch])  # the same place in the next epoch
+    other = AugmentedPeople(people, SPEC, msgspec.structs.replace(CONFIG, seed=CONFIG.seed + 1))
+    assert not equal(first[0], other[0])
+
+
+def test_nobody_comes_twice_in_an_epoch(people: PoseDataset) -> None:
+    plain = msgspec.structs.replace(
+        CONFIG,
+        batch_size=5,
+        augment=msgspec.structs.replace(
+            CONFIG.augment, rotation_deg=0, scale=1, shift=0, mirror=0, color=0, cutout=0, blur=0
+        ),
+    )
+    batches = AugmentedPeople(people, SPEC, plain)
+    for epoch in (0, 1):
+        crops = torch.cat([batches[epoch * 4 + i].crops for i in range(4)])
+        assert len({crop.numpy().tobytes() for crop in crops}) == 20
+    orders = [torch.cat([batches[e * 4 + i].crops for i in range(4)]) for e in (0, 1)]
+    assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers: int, people: PoseDataset) -> None:
+    batches = AugmentedPeople(people, SPEC, CONFIG)
+    numbers = range(1, 6)
+    found = list(batches.numbers(numbers, workers))
+    assert len(found) == 5
+    assert all(equal(batch, batches[number]) for batch, number in zip(found, numbers, strict=True))
+    assert all(equal(a, b) for a, b in zip(batches.numbers(numbers, 0), found, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_numbers_are_no_batches(workers: int, people: PoseDataset) -> None:
+    assert list(AugmentedPeople(people, SPEC, CONFIG).numbers(range(0), workers)) == []
+
+
+def test_fewer_people_than_a_batch_are_one_batch(people: PoseDataset) -> None:
+    batches = AugmentedPeople(people.sample(3, seed=0), SPEC, CONFIG)
+    assert len(batches) == 1
+    assert len(batches[0].crops) == len(batches[1].crops) == 3
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr"])
+def test_training_and_inference_normalise_alike(color: str, people: PoseDataset) -> None:
+    preprocess = msgspec.structs.replace(SPEC.preprocess, color=color)
+    spec = msgspec.structs.replace(SPEC, preprocess=preprocess)
+    frame = read_image(people.persons[0].image)
+    crops = warp(frame, crop_transforms(people.persons[0].box_xyxy[None], preprocess), preprocess.input_hw)
+    tensor = to_input(torch.from_numpy(crops), spec)
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous(memory_format=torch.channels_last)
+    assert np.abs(tensor.numpy() - normalise(crops, preprocess)).max() < 1e-5
+
+
+def test_a_photograph_that_went_missing_is_named(tmp_path: Path) -> None:
+    people = dots(tmp_path, "train", 2)
+    people.persons[1].image.unlink()
+    with pytest.raises(Exception, match=r"train_2\.png"):
+        AugmentedPeople(people, SPEC, CONFIG)
