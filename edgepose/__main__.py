@@ -19,6 +19,7 @@ from edgepose.errors import EdgeposeError, EnvironmentFault
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
+# What shells give to programs that a signal ended.
 _TERMINATED = 128 + signal.SIGTERM
 _PIPE_CLOSED = 128 + signal.SIGPIPE
 _STORAGE_AT_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

@@ -1,4 +1,4 @@
-"""What is printed: bars on a terminal only, one line per step elsewhere, plain tables, colour only where it is wanted."""
+"""What is printed: bars on a terminal only, one line per step elsewhere, plain tables, colour where it is wanted."""
 
 from __future__ import annotations
 

@@ -194,11 +194,12 @@ def test_ctrl_c_exits_130_with_one_line(cli: Cli, failing: Any) -> None:
 
 def test_reader_that_leaves_early_is_no_error() -> None:
     # The pipe is closed before the program writes; Python would otherwise complain at its end.
-    command = f"exec {sys.executable} -c 'import time, sys; time.sleep(0.3); from edgepose.__main__ import main; sys.exit(main([]))'"
+    code = "import sys, time; time.sleep(0.3); from edgepose.__main__ import main; sys.exit(main([]))"
     process = subprocess.Popen(
-        command, shell=True, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == 141

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,7 +17,20 @@ from edgepose.bundle import read_bundle, write_bundle
 from edgepose.profiler.record import ProfileRecord
 from edgepose.spec import Keypoints
 from tests.cli.conftest import TINY, Cli, disk_of
+from tests.fakes import spot_spec
 from tests.tiny_network import flip_a_byte, forge, spot_draft
+
+# compile
+
+
+def test_recipe_with_an_unknown_key(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: mine\nquantize: {mode: ptq}\n")
+    outcome = cli("compile", tmp_path / "recipe.yaml", "--out", tmp_path / "net.bundle")
+    assert outcome.code == 2
+    assert "quantize" in outcome.line
+    assert "quantise" in outcome.line
+    assert not (tmp_path / "net.bundle").exists()
+
 
 # verify
 
@@ -303,8 +318,6 @@ def test_profile_then_report(cli: Cli, bundle: Path, tmp_path: Path) -> None:
     assert "frames of 320 x 240" in outcome.out
     assert "p50" in outcome.out
     assert "people per second" in outcome.out
-    import msgspec
-
     record = msgspec.json.decode((tmp_path / "profile.json").read_bytes(), type=ProfileRecord)
     assert record.protocol.frame_hw == (240, 320)
     outcome = cli("report", bundle, "--profile", tmp_path / "profile.json", "--out", tmp_path / "page.html")
@@ -328,7 +341,7 @@ def test_gate_of_a_bundle_against_itself(cli: Cli, bundle: Path, people: Path, r
     assert result["accuracy"]["ci95"] == [0, 0]
     assert result["accuracy"]["detectable_points"] is not None
     assert "verdict: pass" in outcome.out
-    assert ElementTree.parse(tmp_path / "gate.xml").getroot().attrib["failures"] == "0"
+    assert ET.parse(tmp_path / "gate.xml").getroot().attrib["failures"] == "0"
     assert "Pass" in (tmp_path / "gate.html").read_text()
     outcome = cli("report", bundle, "--gate", tmp_path / "gate.json", "--out", tmp_path / "page.html")
     assert outcome.code == 0
@@ -338,14 +351,8 @@ def test_gate_of_a_bundle_against_itself(cli: Cli, bundle: Path, people: Path, r
 def test_gate_exits_3_for_a_worse_candidate(
     cli: Cli, bundle: Path, people: Path, rules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
-    from tests.fakes import spot_spec
-
     draft = spot_draft(tmp_path)
     swapped = {"color": "rgb"}  # blue and red change places: everything is found where the other one is
-    import msgspec
-
     spec = msgspec.structs.replace(
         spot_spec(), preprocess=msgspec.structs.replace(spot_spec().preprocess, **swapped), name="worse"
     )
