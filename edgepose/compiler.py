@@ -1,6 +1,6 @@
 """COMPILE: a checkpoint and a recipe to a bundle. Read `compile_bundle` first: it is the order of the stages.
 
-Invariant: nothing is computed twice (every stage is found by its key) and nothing half-written (the bundle appears whole).
+Invariant: nothing is computed twice (stages are found by key) and nothing is half-written (the bundle appears whole).
 Importing this module loads no builder; a rerun that finds every stage done never does.
 """
 
@@ -124,6 +124,46 @@ def compile_bundle(request: CompileRequest, observer: Observer) -> CompileResult
     exported = _export(build)
     engines = _engines(build, exported)
     return _bundle(build, exported, engines)
+
+
+def planned_stages(request: CompileRequest) -> tuple[tuple[str, str], ...]:
+    """The stages that a compile would go through, in order, and what is known of each; nothing is run.
+
+    Raises:
+        BadInput: As `compile_bundle`.
+    """
+    build = _start(request, _Nobody())
+    _take_prebuilt(build)
+    stages = [(stage.stage, "reused from a checkpoint that went through it") for stage in build.stages]
+    plan = build.plan
+    if (plan.prune or plan.quantise) and build.people is None:
+        stages.append(("data", "missing: add --data DIR"))
+    if plan.prune or plan.quantise:
+        stages.append(("reference", "measured on dev"))
+    if plan.prune:
+        stages.append(("prune", f"{plan.prune.ratio:.0%} of the multiply-accumulates, by {plan.prune.importance}"))
+    if plan.recover:
+        stages.append(("recover", f"{plan.recover.epochs} epochs"))
+    if plan.quantise:
+        training = plan.quantise.training
+        stages.append(
+            (
+                plan.quantise.name,
+                f"{plan.quantise.calibration_images} people" if training is None else f"{training.epochs} epochs",
+            )
+        )
+    stages.append(("export", f"opset {request.recipe.export.opset}"))
+    for target in build.targets:
+        stages += [(f"engine-{backend}", f"for {target.name}") for backend in _executable(target)]
+    return (*stages, ("bundle", str(request.out)))
+
+
+class _Nobody:
+    def started(self, stage: str) -> None: ...
+    def finished(self, stage: StageResult) -> None: ...
+    def cutting(self, done: int, total: int) -> None: ...
+    def step(self, done: int, total: int, loss: float) -> None: ...
+    def epoch(self, row: dict[str, float]) -> None: ...
 
 
 def _start(request: CompileRequest, observer: Observer) -> _Build:

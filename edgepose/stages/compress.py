@@ -68,7 +68,7 @@ def prune(source: Path, data: StageData, settings: PruneStage, folder: Path) -> 
     plan = plan_pruning(network, torch.zeros(1, 3, height, width), config, losses=losses)
     pruned = apply_pruning(network, plan)
     crops = cut_crops(data.train.sample(_TAYLOR_PEOPLE, config.seed), spec)
-    reestimate_batch_norm(pruned, [batch for batch in _batches(crops, spec)])
+    reestimate_batch_norm(pruned, list(_batches(crops, spec)))
     report = {
         "macs_before": plan.macs_before,
         "macs_after": plan.macs_after,

@@ -41,6 +41,6 @@ def split_train(train: PoseDataset) -> tuple[PoseDataset, PoseDataset]:
 
 
 def image_digests(data: PoseDataset) -> dict[str, str]:
-    """sha256 of every photograph's bytes → its file name: tells whether sets share photographs, whatever their names."""
+    """sha256 of every photograph's bytes → its file name: tells whether two sets share photographs."""
     files = {person.image for person in data.persons}
     return {hashlib.sha256(path.read_bytes()).hexdigest(): path.name for path in files}

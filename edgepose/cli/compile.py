@@ -1,0 +1,100 @@
+"""`edgepose compile`: a checkpoint to a bundle by a recipe.
+
+Invariant: stdout says what was made and which stages were reused; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgepose.cli.console import Steps, duration, note, say, show_table, steps
+from edgepose.compiler import CompileRequest, CompileResult, compile_bundle, planned_stages
+from edgepose.recipe import load_recipe
+from edgepose.stages.cache import StageResult
+
+EXAMPLES = (
+    "edgepose compile ptq-int8 --model kpe-s --data lspet --out kpe-s.bundle",
+    "edgepose compile prune-qat-int8 --model kpe-s --out small.bundle",
+    "edgepose compile my.yaml --model runs/mine.safetensors --data photos --target x86-cpu --out mine.bundle",
+    "edgepose compile fp32 --model kpe-t --out kpe-t.bundle --dry-run",
+)
+
+
+def compile_(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")],
+    out: Annotated[Path, typer.Option(help="Directory of the bundle; must not exist yet.")],
+    model: Annotated[str, typer.Option(help="Name of a zoo network, or path of a checkpoint.")] = "kpe-s",
+    data: Annotated[Path | None, typer.Option(help="Folder with train.json and images/.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Target to build for; repeat for several.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which stages would run, and stop.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace another bundle at OUT.")] = False,
+) -> int:
+    """Turn a checkpoint into a bundle: prune, recover, quantise, export, build engines; each is checked and cached."""
+    request = CompileRequest(load_recipe(recipe, targets=target or ()), model, data, out, replace)
+    if dry_run:
+        rows = [(stage, state) for stage, state in planned_stages(request)]
+        show_table(("stage", "would be"), rows, title=f"{request.recipe.name}: {request.recipe.description}")
+        return 0
+    with steps() as shown:
+        result = compile_bundle(request, Watcher(shown))
+    describe(result)
+    return 0
+
+
+def describe(result: CompileResult) -> None:
+    """Say what a compile made, stage by stage."""
+    rows = [
+        (stage.stage, "reused" if stage.reused else f"ran, {duration(stage.seconds)}", headline(stage.report))
+        for stage in result.stages
+    ]
+    rows.append(("bundle", "reused" if result.reused else "written", str(result.bundle.root)))
+    show_table(("stage", "", ""), rows)
+    if result.reused:
+        say(f"nothing changed: {result.bundle.root} is up to date")
+
+
+def headline(report: dict[str, Any]) -> str:
+    """What a stage's report comes down to, in a few words."""
+    parts = []
+    if "macs_after" in report:
+        parts.append(f"{report['macs_before'] / 1e6:.0f} → {report['macs_after'] / 1e6:.0f} MMAC")
+    if "pck_torso_0.2" in report.get("dev", {}):
+        parts.append(f"dev PCK@0.2 {100 * report['dev']['pck_torso_0.2']:.2f}")
+    if "precision" in report:
+        parts.append(f"{report['precision']}, mean shift {report['shift']['mean_px']:.3f} px")
+    if "int8_share" in report:
+        parts.append(f"{100 * report['int8_share']:.1f} % of MACs in INT8")
+    return ", ".join(parts)
+
+
+class Watcher:
+    """Shows a compile's progress on the terminal."""
+
+    def __init__(self, shown: Steps) -> None:
+        self._shown = shown
+        self._stage = ""
+
+    def started(self, stage: str) -> None:
+        """Remember the stage for the bars to come."""
+        self._stage = stage
+
+    def finished(self, stage: StageResult) -> None:
+        """Leave one line per stage that really ran."""
+        if not stage.reused:
+            note(f"{stage.stage}: {duration(stage.seconds)}  {headline(stage.report)}")
+
+    def cutting(self, done: int, total: int) -> None:
+        """Show the reading of photographs."""
+        self._shown.told(f"{self._stage}: reading", done, total)
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        """Show a step of fine-tuning."""
+        self._shown.told(f"{self._stage}: fine-tuning", done, total, f"loss {loss:.3f}")
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """Show an epoch's figures on dev."""
+        accuracy = f", dev PCK@0.2 {100 * row['pck_torso_0.2']:.2f}" if "pck_torso_0.2" in row else ""
+        note(f"{self._stage}: epoch {row['epoch']:.0f}, loss {row['loss']:.3f}{accuracy}")
