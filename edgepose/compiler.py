@@ -237,14 +237,15 @@ def _take_prebuilt(build: _Build) -> None:
 
 
 def _wanted_lineage(plan: Plan) -> list[tuple[str, Any]]:
-    stages: list[tuple[str, Any]] = []
+    stages: list[tuple[str, msgspec.Struct]] = []
     if plan.prune is not None:
-        stages.append(("prune", msgspec.to_builtins(plan.prune)))
+        stages.append(("prune", plan.prune))
     if plan.recover is not None:
-        stages.append(("recover", msgspec.to_builtins(plan.recover)))
+        stages.append(("recover", plan.recover))
     if plan.quantise is not None:
-        stages.append((plan.quantise.name, msgspec.to_builtins(plan.quantise)))
-    return stages
+        stages.append((plan.quantise.name, plan.quantise))
+    # As JSON has it, for that is what cards were read from.
+    return [(stage, msgspec.json.decode(msgspec.json.encode(config))) for stage, config in stages]
 
 
 def _people(build: _Build, stage: str) -> tuple[PoseDataset, PoseDataset]:

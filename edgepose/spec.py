@@ -69,7 +69,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SimCC(msgspec.Struct, frozen=True, tag="simcc", forbid_unknown_fields=True):
-    """Coordinates as two 1-D classifications (Li et al., ECCV 2022): logits (N, K, W·split_ratio) and (N, K, H·split_ratio).
+    """Coordinates as 1-D classifications (Li et al., ECCV 2022): logits (N, K, w·split_ratio), (N, K, h·split_ratio).
 
     Bin b stands for input coordinate b / split_ratio (pixel centres are integers).
     """
@@ -118,7 +118,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         backends: Engines to build, in order of preference.
         precisions: Precisions the device runs natively.
         threads: Intra-op threads; 0 takes all physical cores this process may use.
-        weight_bits: Bits of quantised weights; 7 avoids the saturating u8·s8 sums of x86 without VNNI; "auto" asks the host.
+        weight_bits: Bits of quantised weights; 7 avoids saturating sums on x86 without VNNI; "auto" asks the host.
         round_to: Channel counts of pruned layers are multiples of this.
         compute_capability: NVIDIA compute capability ("8.7"), empty on CPUs.
         max_batch: Largest batch that engines are built and checked for.
