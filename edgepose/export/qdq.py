@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from edgepose.compress.ranges import Range, Ranges, check_ranges
@@ -102,7 +103,9 @@ def quantised_onnx(
     try:
         model = ir.load(Path(float_onnx))
         marks = marks_of(model, where=where)
-    except (OSError, ValueError, RuntimeError) as err:
+    except OSError as err:
+        raise OnnxError(where, found=err.strerror or str(err), expected="an ONNX file") from err
+    except (DecodeError, ValueError, RuntimeError) as err:
         raise OnnxError(where, found=str(err), expected="a readable ONNX file") from err
     writer = _Writer(model, dialect, weight_bits)
     writer.place(marks, ranges, where=where)

