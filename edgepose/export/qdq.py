@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
 from numpy.typing import NDArray
 
 from edgepose.compress.ranges import Range, Ranges, check_ranges

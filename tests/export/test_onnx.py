@@ -27,6 +27,13 @@ class Maps(nn.Module):
         return maps
 
 
+class Clipped(Maps):
+    """Clipping between constants is what the exporter cannot say in old opsets; it keeps silent about that."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.relu6(super().forward(images))
+
+
 def test_the_graph_has_the_names_opset_and_free_batch_it_was_asked_for(simcc: Exported) -> None:
     model = onnx.load(simcc.float_onnx)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
@@ -55,7 +62,7 @@ def test_parity_is_reported_for_two_batch_sizes(mixed: Exported) -> None:
 
 def test_an_opset_that_the_exporter_does_not_give_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OnnxError, match=r"opset: found 18, expected 11"):
-        onnx_from_torch(Maps().eval(), spec_of("heatmap"), tmp_path / "m.onnx", opset=11)
+        onnx_from_torch(Clipped().eval(), spec_of("heatmap"), tmp_path / "m.onnx", opset=11)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,102 @@
+"""An ONNX file → one backend's engine, checked against what the torch network answered.
+
+Invariant: no engine is handed on whose outputs stray further from the reference than its precision explains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgepose.errors import ParityError
+from edgepose.export.int8_share import int8_share
+from edgepose.export.parity import KeypointShift, keypoint_shift
+from edgepose.runtime import open_session
+from edgepose.spec import Backend, Dialect, ModelSpec, Precision
+
+_MODEL = "model.onnx"
+_MAX_GAP: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.02, "fp16": 2e-3, "int8": 0.03}
+"""Mean difference of an engine's outputs from torch's, as a share of their range; beyond it the build fails.
+
+Outputs are judged, not keypoints: where a network has no opinion, the keypoint jumps at the smallest difference.
+"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """What an engine has to answer.
+
+    Attributes:
+        spec: The network's inputs, outputs and decoder.
+        images: (N, 3, h, w) float32, normalised.
+        outputs: The torch network's outputs for them, by name.
+    """
+
+    spec: ModelSpec
+    images: NDArray[np.float32]
+    outputs: dict[str, NDArray[np.float32]]
+
+
+def engine_from_onnx(
+    model: Path, dialect: Dialect, backend: Backend, reference: Reference, folder: Path
+) -> dict[str, Any]:
+    """Build an engine in a folder of its own and compare it with the reference.
+
+    Args:
+        model: The ONNX file; it may lie in `folder`, and goes away there if it is no part of the engine.
+        dialect: How its quantisation is written.
+        backend: Who is to execute it.
+        reference: What it has to answer.
+        folder: Where the engine's files go.
+
+    Returns:
+        The report: backend, dialect, main file, precision, share of integer multiplications, differences.
+
+    Raises:
+        ParityError: The engine strays too far from the reference.
+        OnnxError: The backend refuses the file.
+    """
+    precision: Precision = "fp32" if dialect == "float" else "int8"
+    report: dict[str, Any] = {"backend": backend, "dialect": dialect, "precision": precision}
+    match backend:
+        case "onnxruntime":
+            from edgepose.export.ort import ort_from_onnx
+
+            main = ort_from_onnx(model, folder / _MODEL) if model.parent != folder else model
+        case "openvino":
+            from edgepose.export.openvino import openvino_from_onnx
+
+            main, _ = openvino_from_onnx(model, folder)
+            (folder / _MODEL).unlink(missing_ok=True)
+        case "tensorrt" | "tensorrt-rtx":
+            raise AssertionError(backend)  # callers ask for executable backends only
+    if precision == "int8":
+        report["int8_share"] = int8_share(main, backend).share
+    shift, differences = _compare(main, backend, precision, reference)
+    return {**report, "main": main.name, "shift": msgspec.to_builtins(shift), "differences": differences}
+
+
+def _compare(
+    main: Path, backend: Backend, precision: Precision, reference: Reference
+) -> tuple[KeypointShift, dict[str, float]]:
+    spec = reference.spec
+    session = open_session(main, backend, threads=1, precision=precision)
+    try:
+        found = session.infer({spec.inputs[0].name: reference.images})
+    finally:
+        session.close()
+    shift = keypoint_shift(reference.outputs, found, spec.decoder)
+    allowed = _MAX_GAP[precision]
+    if not shift.logit_gap <= allowed:
+        raise ParityError(
+            f"engine {backend} {precision}: outputs",
+            found=f"a mean difference of {shift.logit_gap:.2g} of their range from the torch network",
+            expected=f"at most {allowed:g}",
+            fix=f"a tolerance of {shift.logit_gap:.2g} would have passed; protect sensitive layers or use qat",
+        )
+    return shift, {name: float(np.abs(found[name] - value).max()) for name, value in reference.outputs.items()}
