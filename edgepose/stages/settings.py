@@ -5,6 +5,7 @@ Invariant: plain data, no builder imported; equal settings mean an equal stage.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -72,7 +73,7 @@ def plan_of(recipe: Recipe, targets: tuple[Target, ...]) -> Plan:
 
 
 def _prune(prune: Prune, targets: tuple[Target, ...], seed: int) -> PruneStage:
-    round_to = max(target.round_to for target in targets)
+    round_to = math.lcm(*(target.round_to for target in targets))
     return PruneStage(prune.ratio, prune.importance, prune.scope, round_to, prune.protected, seed)
 
 

@@ -107,7 +107,9 @@ class AugmentedPeople(Dataset[Batch]):
             case SimCC():
                 return tuple(torch.from_numpy(t) for t in encode_simcc(points, hw, decoder, self.config.sigma_px))
             case Heatmap():
-                return (torch.from_numpy(encode_heatmap(points, hw, decoder, self.config.sigma_px)),)
+                # Narrower than this, a Gaussian falls between the cells and no refinement finds its centre.
+                sigma_px = max(self.config.sigma_px, 0.75 * decoder.stride)
+                return (torch.from_numpy(encode_heatmap(points, hw, decoder, sigma_px)),)
 
     def numbers(self, numbers: Sequence[int], workers: int) -> Generator[Batch]:
         """The batches with these numbers, in order, prepared ahead by `workers` processes (0: in this one)."""

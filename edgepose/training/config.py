@@ -19,7 +19,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         learning_rate: Peak of the one-cycle schedule.
         weight_decay: AdamW's, on convolution and linear weights only.
         warmup: Share of the steps spent rising to the peak.
-        sigma_px: Standard deviation of the label Gaussians, input pixels.
+        sigma_px: Standard deviation of the label Gaussians, input pixels; for heat maps at least 0.75 cells.
         averaging: Decay of the exponential moving average of the weights, per step.
         distill_weight: Share of the loss that comes from the teacher, 0..1.
         seed: Of batches and augmentation.
