@@ -177,7 +177,7 @@ def write_bundle(out: str | os.PathLike[str], draft: BundleDraft, *, replace: bo
         StorageError: Disk full, read-only or no permission.
         SpecError: The draft contradicts itself.
     """
-    with atomic_directory(out, replaceable=_is_pristine if replace else None) as root:
+    with atomic_directory(out, replaceable=is_pristine if replace else None) as root:
         _put(root, MODEL, draft.onnx)
         for engine in draft.engines:
             for name, content in engine.files.items():
@@ -430,8 +430,8 @@ def _is_safe(name: str) -> bool:
     return bool(name) and not re.search(r"[\\:\0]", name) and not {"", ".", ".."} & set(parts)
 
 
-def _is_pristine(path: Path) -> bool:
-    """Whether `path` is a bundle and holds nothing but a bundle's files."""
+def is_pristine(path: Path) -> bool:
+    """Whether `path` is a bundle and holds nothing but a bundle's files, so that it may be replaced."""
     try:
         manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=_Listing)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):

@@ -7,43 +7,49 @@ Importing this module loads no builder; a rerun that finds every stage done neve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 
 from edgepose.blocks.card import Card, read_card
 from edgepose.blocks.zoo import find_checkpoint, zoo_names
-from edgepose.bundle import Bundle, BundleDraft, EngineDraft, GoldenDraft, read_bundle, write_bundle
+from edgepose.bundle import BundleDraft, GoldenDraft
 from edgepose.data.coco import PoseDataset, dataset
 from edgepose.data.splits import image_digests, split_train
-from edgepose.errors import AccuracyRegression, AnnotationError, BackendUnavailable, CheckpointError, UsageError
-from edgepose.host import fingerprint, weight_bits
+from edgepose.errors import AnnotationError, CheckpointError, UsageError
 from edgepose.pose.codec import decode
 from edgepose.profiles import load_target
 from edgepose.recipe import Recipe
-from edgepose.runtime import EXECUTABLE
-from edgepose.spec import Backend, Target
-from edgepose.stages.cache import StageKey, StageResult, run_stage, run_state
+from edgepose.stages.assemble import (
+    CompileResult,
+    EngineOrder,
+    Engines,
+    StageObserver,
+    Work,
+    check_out,
+    engine_drafts,
+    engine_orders,
+    engine_reports,
+    finished_bundle,
+    key_of,
+    observed,
+    stage_report,
+)
+from edgepose.stages.budget import check_budget, check_metric
+from edgepose.stages.cache import StageKey, StageResult, run_state
 from edgepose.stages.settings import Plan, QuantiseStage, plan_of
 
-_METRIC = "pck_torso_0.2"
+__all__ = ["CompileRequest", "CompileResult", "Observer", "compile_bundle", "planned_stages"]
+
 _TORCH = ("torch", "numpy", "opencv-python-headless")
 _EXPORT = ("torch", "onnx", "onnxscript", "nncf")
-_BUILDERS: dict[str, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
-class Observer(Protocol):
+class Observer(StageObserver, Protocol):
     """Told about a compile's progress."""
-
-    def started(self, stage: str) -> None:
-        """A stage was looked at."""
-
-    def finished(self, stage: StageResult) -> None:
-        """A stage was run, or found."""
 
     def cutting(self, done: int, total: int) -> None:
         """A photograph was read for fine-tuning."""
@@ -74,28 +80,13 @@ class CompileRequest:
     replace: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class CompileResult:
-    """What came of a compile.
-
-    Attributes:
-        bundle: The bundle on disk.
-        stages: The stages in order.
-        reused: Whether the bundle was already there.
-    """
-
-    bundle: Bundle
-    stages: tuple[StageResult, ...]
-    reused: bool
-
-
 @dataclass(slots=True, eq=False)
 class _Build:
     """One compile on its way: the checkpoint so far and what the stages said."""
 
     request: CompileRequest
     observer: Observer
-    targets: tuple[Target, ...]
+    orders: tuple[EngineOrder, ...]
     plan: Plan
     source: Path
     source_card: Card
@@ -116,11 +107,12 @@ def compile_bundle(request: CompileRequest, observer: Observer) -> CompileResult
     """
     build = _start(request, observer)
     _take_prebuilt(build)
+    _check_people(build)
     if build.plan.prune is not None:
         _prune(build, build.plan)
     if build.plan.quantise is not None:
         _quantise(build, build.plan.quantise)
-    _check_budget(build)
+    check_budget(request.recipe, build.stages, read_card(build.checkpoint))
     exported = _export(build)
     engines = _engines(build, exported)
     return _bundle(build, exported, engines)
@@ -153,8 +145,7 @@ def planned_stages(request: CompileRequest) -> tuple[tuple[str, str], ...]:
             )
         )
     stages.append(("export", f"opset {request.recipe.export.opset}"))
-    for target in build.targets:
-        stages += [(f"engine-{backend}", f"for {target.name}") for backend in _executable(target)]
+    stages += [(order.stage, f"for {order.target.name}") for order in build.orders]
     return (*stages, ("bundle", str(request.out)))
 
 
@@ -168,10 +159,11 @@ class _Nobody:
 
 def _start(request: CompileRequest, observer: Observer) -> _Build:
     targets = tuple(load_target(name) for name in request.recipe.targets)
-    for target in targets:
-        _executable(target)
+    orders = engine_orders(targets)
     source = find_checkpoint(request.model)
     card = read_card(source)
+    check_out(request.out, _origin(request, card), replace=request.replace)
+    check_metric(request.recipe, card)
     people = None
     if request.data is not None:
         people = split_train(dataset(request.data, "train"))
@@ -183,19 +175,7 @@ def _start(request: CompileRequest, observer: Observer) -> _Build:
                 fix="choose data with the network's keypoints, or train a network for these",
             )
     plan = plan_of(request.recipe, targets)
-    return _Build(request, observer, targets, plan, source, card, source, card.weights_sha256, people)
-
-
-def _executable(target: Target) -> tuple[Backend, ...]:
-    backends = tuple(backend for backend in target.backends if backend in EXECUTABLE)
-    if not backends:
-        raise BackendUnavailable(
-            f"target {target.name}",
-            found=f"the backends {', '.join(target.backends)}, which this release does not build",
-            expected=f"one of {', '.join(EXECUTABLE)}",
-            fix="compile for another target; `edgepose doctor` says what TensorRT would need",
-        )
-    return backends
+    return _Build(request, observer, orders, plan, source, card, source, card.weights_sha256, people)
 
 
 def _take_prebuilt(build: _Build) -> None:
@@ -259,11 +239,9 @@ def _people(build: _Build, stage: str) -> tuple[PoseDataset, PoseDataset]:
     return build.people
 
 
-def _run(build: _Build, key: StageKey, work: Callable[[Path], dict[str, Any]]) -> StageResult:
-    build.observer.started(key.stage)
-    result = run_stage(key, work)
+def _run(build: _Build, key: StageKey, work: Work) -> StageResult:
+    result = observed(key, work, build.observer)
     build.stages.append(result)
-    build.observer.finished(result)
     return result
 
 
@@ -320,7 +298,6 @@ def _prune(build: _Build, plan: Plan) -> None:
 
 def _quantise(build: _Build, settings: QuantiseStage) -> None:
     train, dev = _people(build, settings.name)
-    _check_calibration(build, train.sample(settings.calibration_images, settings.seed))
     _reference(build)
     source = build.checkpoint
     inputs = {"checkpoint": build.digest, "train": train.digest, "dev": dev.digest}
@@ -338,36 +315,25 @@ def _quantise(build: _Build, settings: QuantiseStage) -> None:
     state.unlink(missing_ok=True)
 
 
-def _check_calibration(build: _Build, calibration: PoseDataset) -> None:
-    """Ranges fitted to the photographs that accuracy is measured on would flatter it."""
-    assert build.request.data is not None
-    if not (build.request.data / "val.json").is_file():
+def _check_people(build: _Build) -> None:
+    """Before any work: is there data, and are ranges fitted to none of the photographs that accuracy is measured on?"""
+    settings, data = build.plan.quantise, build.request.data
+    if build.plan.prune is not None:
+        _people(build, "prune")
+    if settings is None:
         return
-    evaluation = image_digests(dataset(build.request.data, "val"))
+    train, _ = _people(build, settings.name)
+    if data is None or not (data / "val.json").is_file():
+        return
+    calibration = train.sample(settings.calibration_images, settings.seed)
+    evaluation = image_digests(dataset(data, "val"))
     both = {name for digest, name in image_digests(calibration).items() if digest in evaluation}
     if both:
         raise AnnotationError(
-            f"{build.request.data}: calibration",
+            f"{data}: calibration",
             found=f"{len(both)} training photographs that are also in val, {min(both)} the first",
             expected="no photograph in both",
             fix="remove them from train.json",
-        )
-
-
-def _check_budget(build: _Build) -> None:
-    limit = build.request.recipe.max_drop_points
-    measured = [stage for stage in build.stages if _METRIC in stage.report.get("dev", {})]
-    figures = [(stage.stage, stage.report["dev"][_METRIC]) for stage in measured]
-    if limit is None or len(figures) < 2:
-        return
-    (_, before), (stage, after) = figures[0], figures[-1]
-    drop = 100 * (before - after)
-    if drop > limit:
-        raise AccuracyRegression(
-            f"recipe {build.request.recipe.name}: max_drop_points",
-            found=f"{drop:.2f} points of {_METRIC} lost on dev after {stage} ({100 * before:.2f} → {100 * after:.2f})",
-            expected=f"at most {limit:g}",
-            fix="prune less, fine-tune longer, or raise max_drop_points",
         )
 
 
@@ -383,110 +349,64 @@ def _export(build: _Build) -> StageResult:
     return _run(build, StageKey("export", {"checkpoint": build.digest}, {"opset": opset}, _EXPORT), work)
 
 
-def _engines(build: _Build, exported: StageResult) -> list[tuple[Target, Backend, StageResult]]:
+def _engines(build: _Build, exported: StageResult) -> Engines:
     spec = build.source_card.spec
     engines = []
-    for target in build.targets:
-        bits: Literal[7, 8] = weight_bits(fingerprint())[0] if target.weight_bits == "auto" else target.weight_bits
-        for backend in _executable(target):
-            tools = (_BUILDERS[backend], "onnx", "onnxscript")
-            key = StageKey(f"engine-{backend}", {"export": exported.key}, {"weight_bits": bits}, tools)
+    for order in build.orders:
 
-            def work(folder: Path, backend: Backend = backend, bits: Literal[7, 8] = bits) -> dict[str, Any]:
-                from edgepose.stages import export
+        def work(folder: Path, order: EngineOrder = order) -> dict[str, Any]:
+            from edgepose.stages import export
 
-                return export.build_engine(exported.path, spec, backend, bits, folder)
+            return export.build_engine(exported.path, spec, order.backend, order.weight_bits, folder)
 
-            engines.append((target, backend, _run(build, key, work)))
-    return engines
+        engines.append((order, _run(build, order.key({"export": exported.key}), work)))
+    return tuple(engines)
 
 
-def _bundle(build: _Build, exported: StageResult, engines: list[tuple[Target, Backend, StageResult]]) -> CompileResult:
-    request = build.request
-    name = f"{build.source_card.name}-{request.recipe.name}"
-    parts = [name, exported.key, [(t.name, b, r.key, t.threads) for t, b, r in engines], build.digest]
-    key = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-    if request.out.exists():
-        there = _key_of(request.out)
-        if there == key:
-            return CompileResult(read_bundle(request.out), tuple(build.stages), reused=True)
-        if not request.replace:
-            raise UsageError(
-                f"--out {request.out}",
-                found="something else there" if there is None else "a bundle made from other inputs",
-                expected="a new path, for a bundle is never changed",
-                fix="choose another --out, or add --replace",
-            )
-    reports: dict[str, Any] = {s.stage: {**s.report, "seconds": s.seconds} for s in build.stages}
-    reports["compile"] = {
-        "key": key,
-        "recipe": msgspec.to_builtins(request.recipe),
-        "model": build.source_card.name,
-        "stages": [s.stage for s in build.stages],
-    }
-    draft = BundleDraft(
-        name=name,
-        spec=msgspec.structs.replace(build.source_card.spec, name=name),
-        onnx=_network_file(exported, engines),
-        engines=tuple(_engine_draft(*engine) for engine in engines),
-        chain=_chain(build),
-        reports=reports,
-        golden=_golden(build, exported),
-    )
-    return CompileResult(write_bundle(request.out, draft, replace=request.replace), tuple(build.stages), reused=False)
+def _bundle(build: _Build, exported: StageResult, engines: Engines) -> CompileResult:
+    request, name = build.request, f"{build.source_card.name}-{build.request.recipe.name}"
+    built = [(order.target.name, order.target.threads, result.key) for order, result in engines]
+    key = key_of(name, exported.key, built, build.digest)
+
+    def draft() -> BundleDraft:
+        origin = {**_origin(request, build.source_card), "key": key, "stages": [stage.stage for stage in build.stages]}
+        ran = build.stages[: len(build.stages) - len(engines)]
+        return BundleDraft(
+            name=name,
+            spec=msgspec.structs.replace(build.source_card.spec, name=name),
+            onnx=_network_file(exported),
+            engines=engine_drafts(engines),
+            chain=_chain(build),
+            reports={**{s.stage: stage_report(s) for s in ran}, **engine_reports(engines), "compile": origin},
+            golden=_golden(build, exported),
+        )
+
+    return finished_bundle(request.out, key, tuple(build.stages), draft, replace=request.replace)
 
 
-def _key_of(path: Path) -> str | None:
-    try:
-        found = read_bundle(path).manifest.reports.get("compile", {}).get("key")
-    except Exception:  # noqa: BLE001 - whatever stands there is not this bundle
-        return None
-    return str(found) if found else None
+def _origin(request: CompileRequest, card: Card) -> dict[str, Any]:
+    """What of a bundle's origin is known before anything is computed."""
+    return {"recipe": msgspec.to_builtins(request.recipe), "model": card.name}
 
 
-def _network_file(exported: StageResult, engines: list[tuple[Target, Backend, StageResult]]) -> Path:
+def _network_file(exported: StageResult) -> Path:
     """The network as ONNX: the quantised file where there is one, the float one otherwise."""
-    for _, backend, result in engines:
-        if backend == "onnxruntime":
-            return result.path / "model.onnx"
-    return exported.path / "float.onnx"
-
-
-def _engine_draft(target: Target, backend: Backend, result: StageResult) -> EngineDraft:
-    report = result.report
-    files = {path.name: path for path in sorted(result.path.iterdir()) if path.name != "stage.json"}
-    builder = _BUILDERS[backend]
-    return EngineDraft(
-        target=target.name,
-        backend=backend,
-        precision=report["precision"],
-        dialect=report["dialect"],
-        files=files,
-        main=report["main"],
-        builder=f"{builder} {fingerprint().libraries.get(builder, '')}".strip(),
-        threads=target.threads,
-        tolerances=_tolerances(report),
-    )
-
-
-def _tolerances(report: Mapping[str, Any]) -> dict[str, float]:
-    """Twice what was seen here, and at least float noise: other CPUs round elsewhere, but a wrong engine is far off."""
-    allowed = {name: max(2 * value, 1e-3) for name, value in report["differences"].items()}
-    allowed["keypoints_px"] = max(2 * report["shift"]["max_px"], 0.1)
-    return allowed
+    quantised = exported.path / "model.onnx"
+    return quantised if quantised.exists() else exported.path / "float.onnx"
 
 
 def _chain(build: _Build) -> dict[str, str]:
-    chain = {"checkpoint": build.source_card.weights_sha256}
-    for entry in build.source_card.lineage:
-        if entry.stage == "train" and "train" in entry.inputs:
-            chain = {"dataset": entry.inputs["train"], **chain}
+    """The same whether the compressed checkpoint was made now, found in the zoo or handed over."""
     card = read_card(build.checkpoint)
+    trained = [entry for entry in card.lineage if entry.stage == "train" and "train" in entry.inputs]
+    chain = {"dataset": trained[0].inputs["train"]} if trained else {}
+    compression = [entry for entry in card.lineage if entry.stage != "train"]
+    if not compression:
+        return {**chain, "checkpoint": card.weights_sha256}
+    chain["checkpoint"] = compression[0].inputs["checkpoint"]
     if card.plan is not None:
         chain["plan"] = hashlib.sha256(msgspec.json.encode(card.plan)).hexdigest()
-    if build.checkpoint != build.source:
-        chain["compressed"] = build.digest
-    return chain
+    return {**chain, "compressed": card.weights_sha256}
 
 
 def _golden(build: _Build, exported: StageResult) -> GoldenDraft:

@@ -17,6 +17,8 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from tests.tiny_checkpoint import compiled, tiny  # noqa: E402, F401 - fixtures
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDENS = Path(__file__).resolve().parent / "golden"
 

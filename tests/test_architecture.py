@@ -17,7 +17,9 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "edgepose"
 
-BUILD_HALF = ("blocks", "cli", "compiler", "compress", "export", "recipe", "schemas", "stages", "training", "__main__")
+BUILD_HALF = (
+    "blocks", "cli", "compiler", "compress", "export", "rebuild", "recipe", "schemas", "stages", "training", "__main__",
+)  # fmt: skip
 """Parts of edgepose that may load anything; all other modules belong to the run half, except data beyond data.coco."""
 
 LEAVES = {

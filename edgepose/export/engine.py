@@ -5,16 +5,17 @@ Invariant: no engine is handed on whose outputs stray further from the reference
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, assert_never
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.errors import ParityError
-from edgepose.export.int8_share import int8_share
+from edgepose.export.int8_share import Int8Share
 from edgepose.export.parity import KeypointShift, keypoint_shift
 from edgepose.runtime import open_session
 from edgepose.spec import Backend, Dialect, ModelSpec, Precision
@@ -79,6 +80,25 @@ def engine_from_onnx(
         report["int8_share"] = int8_share(main, backend).share
     shift, differences = _compare(main, backend, precision, reference)
     return {**report, "main": main.name, "shift": msgspec.to_builtins(shift), "differences": differences}
+
+
+def int8_share(path: str | os.PathLike[str], backend: Literal["onnxruntime", "openvino"]) -> Int8Share:
+    """Measures an engine file: .onnx for ONNX Runtime, .onnx or .xml for OpenVINO.
+
+    Raises:
+        OnnxError: The runtime refuses the file.
+    """
+    match backend:
+        case "onnxruntime":
+            from edgepose.export.ort import int8_share_ort
+
+            return int8_share_ort(path)
+        case "openvino":
+            from edgepose.export.openvino import int8_share_openvino
+
+            return int8_share_openvino(path)
+        case _:
+            assert_never(backend)
 
 
 def _compare(

@@ -5,8 +5,7 @@ Invariant: the answer comes from what the runtime executes, never from what the 
 
 from __future__ import annotations
 
-import os
-from typing import Literal, assert_never
+from typing import Literal
 
 import msgspec
 
@@ -63,22 +62,3 @@ class Int8Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             expected=f"at least {minimum:.1%}",
             fix="take modules off the protected list, or lower min_int8_macs",
         )
-
-
-def int8_share(path: str | os.PathLike[str], backend: Literal["onnxruntime", "openvino"]) -> Int8Share:
-    """Measures an engine file: .onnx for ONNX Runtime, .onnx or .xml for OpenVINO.
-
-    Raises:
-        OnnxError: The runtime refuses the file.
-    """
-    match backend:
-        case "onnxruntime":
-            from edgepose.export.ort import int8_share_ort
-
-            return int8_share_ort(path)
-        case "openvino":
-            from edgepose.export.openvino import int8_share_openvino
-
-            return int8_share_openvino(path)
-        case _:
-            assert_never(backend)

@@ -98,11 +98,14 @@ def narrowed_onnx(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
 
 def _load(path: Path) -> ir.Model:
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except OSError as err:
         raise OnnxError(str(path), found=err.strerror or str(err), expected="an ONNX file") from err
     except (DecodeError, ValueError, RuntimeError) as err:
         raise OnnxError(str(path), found=str(err), expected="a readable ONNX file") from err
+    if not len(model.graph):  # what Protobuf makes of an empty file
+        raise OnnxError(str(path), found="a network without operators", expected="an ONNX file")
+    return model
 
 
 def _weights(graph: ir.Graph) -> list[ir.Node]:
@@ -130,7 +133,8 @@ def _narrow(graph: ir.Graph, node: ir.Node, *, where: str) -> NDArray[np.float64
     magnitudes = np.abs(codes.astype(np.float64))
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     others = None if scale.size == 1 else tuple(a for a in range(codes.ndim) if a != axis % codes.ndim)
-    factors = np.maximum(magnitudes.max(axis=others) / _TOP, 1.0).reshape(scale.shape)
+    peaks: NDArray[np.float64] = np.asarray(magnitudes.max(axis=others))
+    factors: NDArray[np.float64] = np.maximum(peaks / _TOP, 1.0).reshape(scale.shape)
     if factors.max() == 1:
         return factors
     wider = (scale * factors).astype(np.float32)
@@ -138,8 +142,8 @@ def _narrow(graph: ir.Graph, node: ir.Node, *, where: str) -> NDArray[np.float64
     shape[axis % codes.ndim] = -1 if scale.size > 1 else 1
     ratios = (scale.astype(np.float64) / wider).reshape(shape)
     narrow = np.clip(np.round(codes * ratios), -_TOP, _TOP).astype(np.int8)
-    for port, value in enumerate((narrow, wider)):
-        _replace(graph, node, port, value)
+    _replace(graph, node, 0, narrow)
+    _replace(graph, node, 1, wider)
     for user, port in node.outputs[0].uses():
         if port == 1:
             _rescale_bias(graph, user, wider, where=where)

@@ -76,6 +76,11 @@ class StageResult(msgspec.Struct, frozen=True):
     def path(self) -> Path:
         return Path(self.folder)
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """What the stage wrote, by name."""
+        return {path.name: path for path in sorted(self.path.iterdir()) if path.name != _REPORT}
+
 
 class _Record(msgspec.Struct, frozen=True):
     key: str
@@ -83,18 +88,19 @@ class _Record(msgspec.Struct, frozen=True):
     seconds: float
 
 
-def run_stage(key: StageKey, work: Callable[[Path], dict[str, Any]]) -> StageResult:
+def run_stage(key: StageKey, work: Callable[[Path], dict[str, Any]], *, within: Path | None = None) -> StageResult:
     """Find the artefact of a stage or make it.
 
     Args:
         key: What it depends on.
         work: Fills an empty folder and returns the report.
+        within: Folder that artefacts are looked for in; None is the one that all stages share.
 
     Raises:
         StorageError: The cache cannot be written.
     """
     digest = key.digest
-    folder = cache_directory() / "stages" / f"{key.stage}-{digest[:24]}"
+    folder = (within or cache_directory() / "stages") / f"{key.stage}-{digest[:24]}"
     found = _read(folder, digest)
     if found is not None:
         return StageResult(key.stage, digest, str(folder), found.report, found.seconds, reused=True)

@@ -5,7 +5,6 @@ Invariant: what is compared is always the same rendered people, and the referenc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,29 +16,20 @@ from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.quantise import convert
 from edgepose.compress.ranges import read_ranges, write_ranges
 from edgepose.data.render import render_person
-from edgepose.errors import ParityError
+from edgepose.export.engine import Reference, engine_from_onnx
 from edgepose.export.onnx import onnx_from_torch
-from edgepose.export.openvino import int8_share_openvino, openvino_from_onnx
-from edgepose.export.ort import int8_share_ort, ort_from_onnx
-from edgepose.export.parity import KeypointShift, keypoint_shift
 from edgepose.export.qdq import dialect_for, quantised_onnx
 from edgepose.pose.preprocess import crop_transforms, normalise, warp
-from edgepose.runtime import open_session
-from edgepose.spec import Backend, Dialect, ModelSpec, Precision
+from edgepose.spec import Backend, ModelSpec
 from edgepose.stages.networks import load_network
 from edgepose.training.session import TorchSession
 
-FLOAT_ONNX, RANGES, GOLDEN = "float.onnx", "ranges.json", "golden.npz"
+FLOAT_ONNX, MODEL, RANGES, GOLDEN = "float.onnx", "model.onnx", "ranges.json", "golden.npz"
 _GOLDEN_PEOPLE = 16
-_MAX_GAP: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.02, "fp16": 2e-3, "int8": 0.03}
-"""Mean difference of an engine's outputs from torch's, as a share of their range; beyond it the build fails.
-
-Outputs are judged, not keypoints: where a network has no opinion, the keypoint jumps at the smallest difference.
-"""
 
 
 def export(source: Path, opset: int, folder: Path) -> dict[str, Any]:
-    """Write the float network with its ranges beside it, and the golden vectors of the torch network."""
+    """Write the float network, with its ranges and the quantised network beside it, and the torch network's answers."""
     network, checkpoint = load_network(source)
     spec = checkpoint.card.spec
     if checkpoint.card.quantisation is None:
@@ -48,6 +38,7 @@ def export(source: Path, opset: int, folder: Path) -> dict[str, Any]:
         plain, ranges = convert(network)
         report = onnx_from_torch(plain, spec, folder / FLOAT_ONNX, opset=opset, ranges=ranges)
         write_ranges(folder / RANGES, ranges)
+        quantised_onnx(folder / FLOAT_ONNX, ranges, folder / MODEL, dialect="u8s8")
     images = _rendered_people(spec)
     outputs = TorchSession(network, spec).infer({spec.inputs[0].name: images})
     arrays: dict[str, Any] = {"images": images, **outputs}
@@ -63,33 +54,14 @@ def build_engine(
     Raises:
         ParityError: The engine strays too far from the torch network.
     """
-    model, dialect = exported / FLOAT_ONNX, _dialect(exported, backend)
-    report: dict[str, Any] = {"backend": backend, "dialect": dialect}
-    precision: Precision = "fp32"
-    if dialect != "float":
-        precision, ranges = "int8", read_ranges(exported / RANGES)
-        model = folder / "model.onnx"
-        written = quantised_onnx(exported / FLOAT_ONNX, ranges, model, dialect=dialect, weight_bits=weight_bits)
-        report |= {"weight_bits": weight_bits, "qdq": msgspec.to_builtins(written)}
-    match backend:
-        case "onnxruntime":
-            main = ort_from_onnx(model, folder / "model.onnx") if model.parent != folder else model
-        case "openvino":
-            main, _ = openvino_from_onnx(model, folder)
-            (folder / "model.onnx").unlink(missing_ok=True)
-        case _:
-            raise AssertionError(backend)  # the compiler asks for executable backends only
-    if precision == "int8":
-        share = int8_share_ort(main) if backend == "onnxruntime" else int8_share_openvino(main)
-        report["int8_share"] = share.share
-    shift, differences = _compare(main, backend, precision, spec, exported)
-    report |= {
-        "main": main.name,
-        "precision": precision,
-        "shift": msgspec.to_builtins(shift),
-        "differences": differences,
-    }
-    return report
+    reference = Reference(spec, *golden_vectors(exported))
+    model = exported / FLOAT_ONNX
+    if not (exported / RANGES).exists():
+        return engine_from_onnx(model, "float", backend, reference, folder)
+    dialect, ranges = dialect_for(backend), read_ranges(exported / RANGES)
+    written = quantised_onnx(model, ranges, folder / MODEL, dialect=dialect, weight_bits=weight_bits)
+    report = engine_from_onnx(folder / MODEL, dialect, backend, reference, folder)
+    return {**report, "weight_bits": weight_bits, "qdq": msgspec.to_builtins(written)}
 
 
 def golden_vectors(exported: Path) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
@@ -97,31 +69,6 @@ def golden_vectors(exported: Path) -> tuple[NDArray[np.float32], dict[str, NDArr
     with np.load(exported / GOLDEN, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     return arrays.pop("images"), arrays
-
-
-def _dialect(exported: Path, backend: Backend) -> Dialect:
-    return dialect_for(backend) if (exported / RANGES).exists() else "float"
-
-
-def _compare(
-    main: Path, backend: Backend, precision: Precision, spec: ModelSpec, exported: Path
-) -> tuple[KeypointShift, dict[str, float]]:
-    images, expected = golden_vectors(exported)
-    session = open_session(main, backend, threads=1, precision=precision)
-    try:
-        found: Mapping[str, Any] = session.infer({spec.inputs[0].name: images})
-    finally:
-        session.close()
-    shift = keypoint_shift(expected, found, spec.decoder)
-    allowed = _MAX_GAP[precision]
-    if not shift.logit_gap <= allowed:
-        raise ParityError(
-            f"engine {backend} {precision}: outputs",
-            found=f"a mean difference of {shift.logit_gap:.2g} of their range from the torch network",
-            expected=f"at most {allowed:g}",
-            fix=f"a tolerance of {shift.logit_gap:.2g} would have passed; protect sensitive layers or use qat",
-        )
-    return shift, {name: float(np.abs(found[name] - value).max()) for name, value in expected.items()}
 
 
 def _rendered_people(spec: ModelSpec) -> NDArray[np.float32]:

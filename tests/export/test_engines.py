@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from edgepose.errors import OnnxError, ParityError
-from edgepose.export.int8_share import int8_share
+from edgepose.export.engine import int8_share
 from edgepose.export.openvino import openvino_from_onnx
 from edgepose.export.ort import ort_from_onnx
 from edgepose.export.parity import Tolerance, check_step

@@ -1,0 +1,230 @@
+"""What compiling and building share: running a stage, the engines that targets get, and the bundle at the end.
+
+Invariant: an engine was built and checked on the host whose fingerprint is in its key, so no other host finds it; and
+importing this loads no builder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from edgepose.bundle import Bundle, BundleDraft, EngineDraft, is_pristine, read_bundle, write_bundle
+from edgepose.errors import BackendUnavailable, EdgeposeError, MissingDependency, UsageError
+from edgepose.host import fingerprint, weight_bits
+from edgepose.runtime import EXECUTABLE
+from edgepose.spec import Backend, Target
+from edgepose.stages.cache import StageKey, StageResult, run_stage
+
+_BUILDERS: dict[str, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+
+Work = Callable[[Path], dict[str, Any]]
+
+
+class StageObserver(Protocol):
+    """Told which stages were run or found."""
+
+    def started(self, stage: str) -> None:
+        """A stage was looked at."""
+
+    def finished(self, stage: StageResult) -> None:
+        """A stage was run, or found."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompileResult:
+    """What came of a compile or a build.
+
+    Attributes:
+        bundle: The bundle on disk.
+        stages: The stages in order.
+        reused: Whether the bundle was already there.
+    """
+
+    bundle: Bundle
+    stages: tuple[StageResult, ...]
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOrder:
+    """One engine to build.
+
+    Attributes:
+        target: The device it is for.
+        backend: The runtime that is to execute it.
+        weight_bits: Bits of its weights, where it is quantised.
+    """
+
+    target: Target
+    backend: Backend
+    weight_bits: Literal[7, 8]
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage that builds it."""
+        return f"engine-{self.backend}"
+
+    def key(self, inputs: Mapping[str, str]) -> StageKey:
+        """What the engine depends on besides `inputs`: weight bits, builders, this host."""
+        inputs = {**inputs, "host": fingerprint().digest}
+        return StageKey(self.stage, inputs, {"weight_bits": self.weight_bits}, (_BUILDERS[self.backend], "onnx"))
+
+
+Engines = tuple[tuple[EngineOrder, StageResult], ...]
+
+
+def engine_orders(targets: Iterable[Target]) -> tuple[EngineOrder, ...]:
+    """The engines of some targets, in order of preference.
+
+    Raises:
+        BackendUnavailable: A target runs nothing that this release builds.
+    """
+    orders = []
+    for target in targets:
+        bits = weight_bits(fingerprint())[0] if target.weight_bits == "auto" else target.weight_bits
+        backends = [backend for backend in target.backends if backend in EXECUTABLE]
+        if not backends:
+            raise BackendUnavailable(
+                f"target {target.name}",
+                found=f"the backends {', '.join(target.backends)}, which this release does not build",
+                expected=f"one of {', '.join(EXECUTABLE)}",
+                fix="name another target; `edgepose doctor` says what TensorRT would need",
+            )
+        orders += [EngineOrder(target, backend, bits) for backend in backends]
+    return tuple(orders)
+
+
+def observed(key: StageKey, work: Work, observer: StageObserver, *, within: Path | None = None) -> StageResult:
+    """Run a stage or find it, and say so.
+
+    Args:
+        key: What it depends on.
+        work: Fills an empty folder and returns the report.
+        observer: Told.
+        within: Folder of the cache that it belongs to; None is the one of all stages.
+
+    Raises:
+        MissingDependency: A library that the stage needs is not installed.
+        EdgeposeError: Whatever the stage raises.
+    """
+    observer.started(key.stage)
+    try:
+        result = run_stage(key, work, within=within)
+    except ModuleNotFoundError as err:
+        raise MissingDependency(err.name or str(err), extra="compile", needed_for=f"stage {key.stage}") from err
+    observer.finished(result)
+    return result
+
+
+def finished_bundle(
+    out: Path, key: str, stages: tuple[StageResult, ...], draft: Callable[[], BundleDraft], *, replace: bool
+) -> CompileResult:
+    """Find the bundle that these stages make, or write it.
+
+    Args:
+        out: Its directory.
+        key: Digest of everything it depends on; the draft's report has it.
+        stages: What it is made of.
+        draft: Makes the draft, if it is needed.
+        replace: Whether another bundle at `out` may be replaced.
+
+    Raises:
+        UsageError: `out` is taken.
+        StorageError: Disk full, read-only or no permission.
+    """
+    there = _origin_of(out)
+    if there is not None and there.get("key") == key:
+        return CompileResult(read_bundle(out), stages, reused=True)
+    if out.exists() and not replace:
+        raise _taken(out, there)
+    return CompileResult(write_bundle(out, draft(), replace=replace), stages, reused=False)
+
+
+def check_out(out: Path, origin: Mapping[str, Any], *, replace: bool) -> None:
+    """Refuse a taken name before any work, as far as that can be known: what is computed decides the rest.
+
+    Args:
+        out: Directory of the bundle to be.
+        origin: What is known already of the report of its compile or build.
+        replace: Whether another bundle there may be replaced.
+
+    Raises:
+        UsageError: `out` is taken, or holds what is no bundle.
+    """
+    if not out.exists():
+        return
+    there = _origin_of(out)
+    if replace and not is_pristine(out):
+        fix = "choose another --out, or remove it yourself"
+        raise UsageError(f"--out {out}", found="something that is no bundle", expected="a bundle to replace", fix=fix)
+    wanted = msgspec.json.decode(msgspec.json.encode(origin))  # as manifests are read
+    if not replace and (there is None or any(there.get(name) != value for name, value in wanted.items())):
+        raise _taken(out, there)
+
+
+def _origin_of(path: Path) -> dict[str, Any] | None:
+    """The report of the compile or build that made the bundle at `path`; None where none did, or none stands there."""
+    try:
+        reports = read_bundle(path).manifest.reports
+    except EdgeposeError:
+        return None
+    found = reports.get("build") or reports.get("compile")
+    return found if isinstance(found, dict) else None
+
+
+def _taken(out: Path, there: Mapping[str, Any] | None) -> UsageError:
+    return UsageError(
+        f"--out {out}",
+        found="something else there" if there is None else "a bundle made from other inputs",
+        expected="a new path, for a bundle is never changed",
+        fix="choose another --out, or add --replace",
+    )
+
+
+def engine_drafts(engines: Engines) -> tuple[EngineDraft, ...]:
+    """Engines as a bundle takes them."""
+    return tuple(_engine_draft(order, result) for order, result in engines)
+
+
+def engine_reports(engines: Engines) -> dict[str, Any]:
+    """What building the engines said, by the folder they have in the bundle."""
+    drafts = engine_drafts(engines)
+    return {draft.folder: stage_report(result) for draft, (_, result) in zip(drafts, engines, strict=True)}
+
+
+def stage_report(result: StageResult) -> dict[str, Any]:
+    """What a bundle's manifest says of a stage."""
+    return {**result.report, "seconds": result.seconds}
+
+
+def key_of(*parts: object) -> str:
+    """Digest of what a bundle depends on."""
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def _engine_draft(order: EngineOrder, result: StageResult) -> EngineDraft:
+    report, builder = result.report, _BUILDERS[order.backend]
+    return EngineDraft(
+        target=order.target.name,
+        backend=order.backend,
+        precision=report["precision"],
+        dialect=report["dialect"],
+        files=result.files,
+        main=report["main"],
+        builder=f"{builder} {fingerprint().libraries.get(builder, '')}".strip(),
+        threads=order.target.threads,
+        tolerances=_tolerances(report),
+    )
+
+
+def _tolerances(report: Mapping[str, Any]) -> dict[str, float]:
+    """Twice what was seen here, and at least float noise: other CPUs round elsewhere, but a wrong engine is far off."""
+    allowed = {name: max(2 * value, 1e-3) for name, value in report["differences"].items()}
+    allowed["keypoints_px"] = max(2 * report["shift"]["max_px"], 0.1)
+    return allowed
