@@ -49,13 +49,14 @@ class QuantiseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         estimator: How activation ranges follow from calibration data: NNCF's choice, the extremes, the mean of each
             image's extremes, the mean of its 1e-4 quantiles, or the histogram's best fit.
         bias_correction: Shift biases so that the mean error of each layer vanishes ("fast" or NNCF's slow "accurate").
+            Off by default: on kpe-s it moves outputs away from the float network's (mean gap 0.37 % against 0.28 %).
         protected: Names of modules that stay float ("block.head.x").
         subset_size: Calibration images used, whole batches.
     """
 
     symmetric: bool = False
     estimator: Literal["default", "minmax", "mean-minmax", "quantile", "histogram"] = "default"
-    bias_correction: Literal["none", "fast", "accurate"] = "fast"
+    bias_correction: Literal["none", "fast", "accurate"] = "none"
     protected: tuple[str, ...] = ()
     subset_size: int = 300
 
