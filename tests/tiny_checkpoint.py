@@ -19,7 +19,7 @@ from edgepose.compiler import CompileRequest, CompileResult, compile_bundle
 from edgepose.recipe import QuantisationAware, Recipe, load_recipe
 from edgepose.stages.cache import StageResult
 
-CONFIG = KPEConfig("tiny", (64, 64), 16, (16, 32, 32, 64), (1, 1, 1, 1), 32)
+CONFIG = KPEConfig("tiny", (64, 64), 32, (32, 32, 64, 64), (1, 1, 1, 1), 32)
 _PEOPLE = {"train": 36, "val": 6}
 
 
