@@ -53,9 +53,11 @@ def spot_ir(folder: Path) -> Path:
     block_telemetry()
     import openvino
 
+    from edgepose.runtime.openvino import shared_core
+
     source = folder / "spots.onnx"
     source.write_bytes(spot_onnx())
-    openvino.save_model(openvino.Core().read_model(source), folder / "spots.xml", compress_to_fp16=False)
+    openvino.save_model(shared_core().read_model(source), folder / "spots.xml", compress_to_fp16=False)
     return folder / "spots.xml"
 
 

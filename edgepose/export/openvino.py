@@ -15,6 +15,7 @@ import openvino
 
 from edgepose.errors import OnnxError
 from edgepose.export.int8_share import Int8Share, Kernel
+from edgepose.runtime.openvino import shared_core
 from edgepose.storage import storage_faults_at
 
 _HEAVY = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
@@ -57,7 +58,7 @@ def int8_share_openvino(path: str | os.PathLike[str]) -> Int8Share:
     model.reshape({port: _at_batch_one(port) for port in model.inputs})
     macs = {node.get_friendly_name(): _macs(node) for node in model.get_ordered_ops() if node.get_type_name() in _HEAVY}
     try:
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as err:
         raise OnnxError(str(path), found=f"OpenVINO cannot compile it: {_gist(err)}") from err
     kernels = []
@@ -76,7 +77,7 @@ def int8_share_openvino(path: str | os.PathLike[str]) -> Int8Share:
 
 def _read(path: Path) -> openvino.Model:
     try:
-        return openvino.Core().read_model(str(path))
+        return shared_core().read_model(str(path))
     except RuntimeError as err:
         found = "no such file" if not path.is_file() else f"OpenVINO refuses it: {_gist(err)}"
         raise OnnxError(str(path), found=found, expected="an ONNX or OpenVINO model") from err

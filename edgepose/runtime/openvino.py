@@ -6,6 +6,7 @@ Invariant: the precision of the arithmetic is pinned: OpenVINO never drops to bf
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ from edgepose.telemetry import block_telemetry
 block_telemetry()
 
 import openvino  # noqa: E402 - importing it phones home otherwise
+
+
+@cache
+def shared_core() -> openvino.Core:
+    """The one core of this process, never freed.
+
+    OpenVINO's CPU plugin gives the thread that loads it a signal stack and frees it with its last core; where that
+    happens on another thread, the pointer stays behind and the next Ctrl-C ends the process with a segmentation fault.
+    """
+    return openvino.Core()
+
 
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
 """INT8 comes from the Q/DQ (FakeQuantize) operations of the graph; the hint is for what stays float."""
@@ -37,7 +49,7 @@ class OpenvinoSession:
     """
 
     def __init__(self, path: Path, *, threads: int, precision: Precision = "fp32") -> None:
-        core = openvino.Core()
+        core = shared_core()
         _require_precision(core, precision)
         config = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],

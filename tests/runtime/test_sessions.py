@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,12 +152,12 @@ def test_ir_without_its_weights_is_named(tmp_path: Path) -> None:
 
 def test_openvino_computes_in_fp32_unless_asked_otherwise(tmp_path: Path) -> None:
     path, backend = engine(tmp_path, "openvino ir")
-    import openvino  # by now with its telemetry blocked
+    from edgepose.runtime.openvino import shared_core
 
     fed, expected = {"images": images(8)}, spot_outputs(images(8))["simcc_x"]
     errors = {}
     for precision in ("fp32", "int8", "bf16"):
-        if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if precision == "bf16" and "BF16" not in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             with pytest.raises(BackendUnavailable, match="expected BF16"):
                 open_session(path, backend, threads=1, precision="bf16")
             continue
@@ -228,3 +229,21 @@ def test_broken_package_is_not_called_missing(tmp_path: Path) -> None:
 
 def test_every_backend_has_an_extra() -> None:
     assert [extra_of(backend) for backend in BACKENDS] == ["ort", "openvino", "tensorrt", "tensorrt-rtx"]
+
+
+def test_a_signal_after_openvino_sessions_were_freed_does_not_end_the_process(tmp_path: Path) -> None:
+    path, _ = engine(tmp_path, "openvino ir")
+    script = (
+        "import gc, os, signal, sys, threading\n"
+        "from pathlib import Path\n"
+        "from edgepose.runtime import open_session\n"
+        "def use():\n"
+        "    open_session(Path(sys.argv[1]), 'openvino', threads=1).close()\n"
+        "    gc.collect()\n"
+        "use()\n"
+        "thread = threading.Thread(target=use); thread.start(); thread.join()\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('handled'))\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
