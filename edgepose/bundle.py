@@ -48,7 +48,8 @@ class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         inputs: (N, 3, h, w) float32, normalised, .npy.
         outputs: One array per network output, by name, .npz.
         keypoints: (N, K, 2) float32, pixels of the input crop, .npy.
-        tolerances: Engine path → ("keypoints_px" or name of an output → largest absolute difference allowed).
+        tolerances: Engine path → name of an output → largest absolute difference allowed; "keypoints_px" → largest
+            median shift of the keypoints.
     """
 
     inputs: str
@@ -110,7 +111,8 @@ class EngineDraft:
     Attributes:
         files: File name → content; they land in engines/<target>/<backend>/.
         main: Which of the files the runtime is handed.
-        tolerances: Largest absolute difference from the golden vectors, by output name and for "keypoints_px".
+        tolerances: Largest absolute difference from the golden vectors by output name; largest median shift for
+            "keypoints_px".
     """
 
     target: str

@@ -64,7 +64,7 @@ def headline(report: dict[str, Any]) -> str:
     if "pck_torso_0.2" in report.get("dev", {}):
         parts.append(f"dev PCK@0.2 {100 * report['dev']['pck_torso_0.2']:.2f}")
     if "precision" in report:
-        parts.append(f"{report['precision']}, mean shift {report['shift']['mean_px']:.3f} px")
+        parts.append(f"{report['precision']}, median shift {report['shift']['median_px']:.3f} px")
     if "int8_share" in report:
         parts.append(f"{100 * report['int8_share']:.1f} % of MACs in INT8")
     return ", ".join(parts)

@@ -99,7 +99,7 @@ def _check(bundle: Bundle, engine: Engine, threads: int | None) -> EngineCheck:
         session.close()
     if found is None:
         return EngineCheck(*told, "unknown", "the bundle has no golden vectors")
-    return EngineCheck(*told, "same", f"keypoints within {found.differences[KEYPOINTS]:.3g} px")
+    return EngineCheck(*told, "same", f"keypoints moved by {found.differences[KEYPOINTS]:.3g} px (median)")
 
 
 def _conclude(bundle: Path, checks: list[EngineCheck]) -> int:

@@ -109,6 +109,7 @@ class KeypointShift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         mean_px: Mean distance.
+        median_px: Median distance: where a network has no opinion a keypoint may jump anywhere, and means follow it.
         p95_px: 95th percentile.
         max_px: Largest distance.
         moved_share: Share of keypoints that moved by more than one pixel.
@@ -116,6 +117,7 @@ class KeypointShift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     mean_px: float
+    median_px: float
     p95_px: float
     max_px: float
     moved_share: float
@@ -170,6 +172,7 @@ def keypoint_shift(reference: Arrays, candidate: Arrays, decoder: Decoder) -> Ke
     ]
     return KeypointShift(
         mean_px=float(distance.mean()),
+        median_px=float(np.median(distance)),
         p95_px=float(np.percentile(distance, 95)),
         max_px=float(distance.max()),
         moved_share=float(np.mean(distance > 1.0)),

@@ -226,5 +226,5 @@ def _engine_draft(order: EngineOrder, result: StageResult) -> EngineDraft:
 def _tolerances(report: Mapping[str, Any]) -> dict[str, float]:
     """Twice what was seen here, and at least float noise: other CPUs round elsewhere, but a wrong engine is far off."""
     allowed = {name: max(2 * value, 1e-3) for name, value in report["differences"].items()}
-    allowed["keypoints_px"] = max(2 * report["shift"]["max_px"], 0.1)
+    allowed["keypoints_px"] = max(2 * report["shift"]["median_px"], 0.1)
     return allowed

@@ -65,7 +65,7 @@ def test_verify_notices_a_file_too_many(cli: Cli, bundle: Path) -> None:
 def test_verify_notices_an_engine_that_answers_differently(cli: Cli, tmp_path: Path) -> None:
     draft = spot_draft(tmp_path)
     assert draft.golden is not None
-    draft.golden.keypoints[0, 0, 0] += 3
+    draft.golden.keypoints[..., 0] += 3
     root = write_bundle(tmp_path / "lying.bundle", draft).root
     outcome = cli("verify", root)
     assert outcome.code == 5
