@@ -20,6 +20,8 @@ from edgepose.host import cache_directory
 from edgepose.storage import atomic_directory, json_bytes
 
 _REPORT = "stage.json"
+_FORMAT = 2
+"""Raised whenever a stage reports or writes something else for the same inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class StageKey:
     def digest(self) -> str:
         """sha256 over all of it, edgepose's own version included."""
         versions = {tool: _version(tool) for tool in self.tools}
-        content = [__version__, self.stage, sorted(self.inputs.items()), self.config, sorted(versions.items())]
+        content = [_FORMAT, __version__, self.stage, sorted(self.inputs.items()), self.config, sorted(versions.items())]
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
 
