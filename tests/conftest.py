@@ -7,6 +7,7 @@ EDGEPOSE_REQUIRE_DATA=1.
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything loads a numerical library: tests run beside other work, and idle OpenMP threads spin.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -32,6 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Shells start background jobs with SIGINT ignored, children inherit that, and Ctrl-C could not be tested.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_absent_data] = []
 
 
