@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    # Before any library reads it: OpenMP threads that spin while they wait make training ten times slower as soon as
+    # Before any library reads it: OpenMP threads that spin while they wait make training many times slower as soon as
     # another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -30,7 +30,7 @@ from edgepose.profiler.run_gate import GateRun, run_gate
 from edgepose.profiler.verdict_files import lines_from_verdict
 from edgepose.recipe import load_recipe
 from edgepose.spec import Keypoints, Poses
-from edgepose.storage import atomic_directory, atomic_write
+from edgepose.storage import atomic_write
 
 EXAMPLES = ("edgepose demo", "edgepose demo --data lspet --model kpe-s")
 
@@ -109,11 +109,11 @@ def _draw(bundles: dict[str, CompileResult], people: PoseDataset, folder: Path) 
             poses = estimator(frame, person.box_xyxy[None])
             shots.append((person, _beside(frame, _labels(person), poses, people.keypoints)))
     pictures = []
-    with atomic_directory(folder, replaceable=lambda _: True) as temporary:
-        for person, image in shots:
-            encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
-            (temporary / f"{person.image.stem}.jpg").write_bytes(encoded)
-            pictures.append(Picture(f"{person.image.name}: labels, network", [("labels | network", encoded)]))
+    folder.mkdir(parents=True, exist_ok=True)  # never replaced as a whole: --out may name a folder of the user's
+    for person, image in shots:
+        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+        atomic_write(folder / f"{person.image.stem}-poses.jpg", encoded)
+        pictures.append(Picture(f"{person.image.name}: labels, network", [("labels | network", encoded)]))
     return pictures
 
 
@@ -142,7 +142,7 @@ def _show(
             (
                 recipe,
                 f"{100 * figures[_headline(figures)]:.1f}",
-                f"{record.latency[0].value_ms or 0:.2f}",
+                "–" if record.latency[0].value_ms is None else f"{record.latency[0].value_ms:.2f}",
                 f"{record.persons_per_s:.0f}",
                 f"{size / 1e6:.1f}",
             )
