@@ -95,11 +95,33 @@ class Heatmap(msgspec.Struct, frozen=True, tag="heatmap", forbid_unknown_fields=
     refine: Literal["none", "quarter", "dark"] = "dark"
 
 
-Decoder = SimCC | Heatmap
+class Regression(msgspec.Struct, frozen=True, tag="regression", forbid_unknown_fields=True):
+    """Coordinates said outright, with a scale for each (RLE; Li et al., ICCV 2021): two outputs of shape (N, K, 2).
+
+    The first holds x and y as shares of the input's width and height, 0 and 1 at its outer edges: the input coordinate
+    is share · size - 0.5. The second holds the scales of their errors in the same shares, 0..1.
+    """
+
+    keypoints: str = "keypoints"
+    scales: str = "scales"
+
+
+Decoder = SimCC | Heatmap | Regression
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that the run half has to know of a network."""
+    """All that the run half has to know of a network.
+
+    Attributes:
+        name: Name of the network.
+        keypoints: What it predicts.
+        preprocess: What it eats.
+        decoder: Which outputs say where the keypoints are, and how.
+        inputs: Its input tensors.
+        outputs: Its output tensors, in order.
+        visibility: Output (N, K) of logits: their sigmoid is the probability that a joint can be seen; "" for none.
+        uncertainty: Output (N, K): natural logarithm of the expected error in input pixels; "" for none.
+    """
 
     name: str
     keypoints: Keypoints
@@ -107,6 +129,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decoder: Decoder
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    visibility: str = ""
+    uncertainty: str = ""
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -170,12 +194,16 @@ class Poses:
         scores: (N, K) float32, 0..1, confidence of each keypoint.
         boxes: (N, 4) float32 xyxy, pixels of the source image: the boxes that were cropped, before padding.
         backend: Backend that produced them ("onnxruntime").
+        visibility: (N, K) float32, probability that each joint can be seen; None if the network does not say.
+        errors_px: (N, K) float32, expected error of each keypoint in source pixels; None if the network does not say.
     """
 
     keypoints: NDArray[np.float32]
     scores: NDArray[np.float32]
     boxes: NDArray[np.float32]
     backend: str = ""
+    visibility: NDArray[np.float32] | None = None
+    errors_px: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return int(self.keypoints.shape[0])

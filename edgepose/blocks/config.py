@@ -12,6 +12,18 @@ import msgspec
 from edgepose.spec import Decoder, Heatmap, Keypoints, ModelSpec, PositiveInt, Preprocess, SimCC, TensorSpec
 
 
+class ORNConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Architecture of the occlusion-robust block.
+
+    Attributes:
+        width: Features of a keypoint token.
+        layers: Attention layers.
+    """
+
+    width: PositiveInt = 128
+    layers: PositiveInt = 2
+
+
 class KPEConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Architecture of a KPE network.
 
@@ -23,8 +35,11 @@ class KPEConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         depths: Residual blocks at strides 4, 8, 16 and 32.
         neck: Channels of the merged map.
         stride: Stride of the merged map: 4, 8, 16 or 32.
-        head: How keypoints are said: two 1-D classifications or heat maps.
+        head: How keypoints are said: two 1-D classifications, heat maps, or coordinates.
         split_ratio: SimCC bins per input pixel.
+        backbone: Kind of its blocks: plain residual, inverted residual, or re-parameterisable.
+        refinements: Stages that see the first prediction and better it, one after the other.
+        orn: The occlusion-robust block on top; None for none.
     """
 
     name: str
@@ -34,8 +49,11 @@ class KPEConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     depths: Annotated[tuple[PositiveInt, ...], msgspec.Meta(min_length=4, max_length=4)]
     neck: PositiveInt
     stride: Literal[4, 8, 16, 32] = 8
-    head: Literal["simcc", "heatmap"] = "simcc"
+    head: Literal["simcc", "heatmap", "regression"] = "simcc"
     split_ratio: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+    backbone: Literal["residual", "inverted", "reparameterised"] = "residual"
+    refinements: Annotated[int, msgspec.Meta(ge=0)] = 0
+    orn: ORNConfig | None = None
 
 
 PRESETS: dict[str, KPEConfig] = {
