@@ -87,12 +87,13 @@ class Heatmap(msgspec.Struct, frozen=True, tag="heatmap", forbid_unknown_fields=
     Attributes:
         stride: Input pixels per cell.
         output: Name of the network's output.
-        refine: Sub-cell refinement of the peak: none, quarter offset, or DARK's Taylor step (Zhang et al., CVPR 2020).
+        refine: Sub-cell refinement of the peak: none, quarter offset, DARK's Taylor step (Zhang et al., CVPR 2020), or
+            the local soft-argmax (the mean position of the mass around the peak; Bulat et al., BMVC 2021).
     """
 
     stride: float = 4.0
     output: str = "heatmap"
-    refine: Literal["none", "quarter", "dark"] = "dark"
+    refine: Literal["none", "quarter", "dark", "softargmax"] = "dark"
 
 
 class Regression(msgspec.Struct, frozen=True, tag="regression", forbid_unknown_fields=True):
@@ -100,8 +101,14 @@ class Regression(msgspec.Struct, frozen=True, tag="regression", forbid_unknown_f
 
     The first holds x and y as shares of the input's width and height, 0 and 1 at its outer edges: the input coordinate
     is share · size - 0.5. The second holds the scales of their errors in the same shares, 0..1.
+
+    Attributes:
+        input_hw: Height and width of the input in pixels, as in `Preprocess`: what the shares are shares of.
+        keypoints: Name of the output of coordinates.
+        scales: Name of the output of scales.
     """
 
+    input_hw: tuple[PositiveInt, PositiveInt]
     keypoints: str = "keypoints"
     scales: str = "scales"
 
