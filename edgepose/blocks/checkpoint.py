@@ -1,7 +1,7 @@
 """Checkpoints: weights as safetensors with a JSON card beside them; never a pickled object.
 
 Invariant: a card names the sha256 of its weights, and loading refuses weights that do not match it. Large tensors may
-be stored in FP16; they come back as FP32.
+be stored in FP16 or in 8 bits; they come back as FP32.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import safetensors
@@ -30,15 +31,21 @@ class Checkpoint:
     digest: str
 
 
-def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *, half: bool = False) -> Card:
+Storage = Literal["fp32", "fp16", "int8"]
+"""How large weights are stored."""
+
+
+def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *, storage: Storage = "fp32") -> Card:
     """Write weights, then the card that vouches for them.
 
     Args:
         path: Where to; suffixes are added.
         card: Its `weights_sha256` is filled in.
         tensors: The state to store.
-        half: Store large weights in FP16; vectors and small tensors (biases, normalisation statistics, scales of
-            quantisers) stay FP32, as do weights that FP16 cannot hold.
+        storage: How large weights are stored: as they are, in FP16, or as int8 codes with one scale per output channel
+            (round to nearest; for networks kept for comparison, whose size counts for more than their last tenth of a
+            point). Vectors and small tensors (biases, normalisation statistics, scales of quantisers) stay FP32, as do
+            weights that FP16 cannot hold.
 
     Returns:
         The card as written.
@@ -49,8 +56,9 @@ def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *,
     weights, description = paths_of(path)
     # Copies: safetensors refuses tensors that share memory.
     stored = {
-        name: (_halved(t) if half else t).detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, t in tensors.items()
+        part: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+        for part, value in _stored(name, tensor, storage).items()
     }
     raw = safetensors.torch.save(stored)
     card = msgspec.structs.replace(card, weights_sha256=hashlib.sha256(raw).hexdigest())
@@ -60,14 +68,30 @@ def save_checkpoint(path: Path | str, card: Card, tensors: dict[str, Tensor], *,
     return card
 
 
-_SMALL = 4096  # elements up to which FP16 saves nothing worth its rounding
+_SMALL = 4096  # elements up to which shorter storage saves nothing worth its rounding
+_STEP = "::step"  # after a tensor's name: what one of its int8 codes is worth, per output channel
 
 
-def _halved(tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.numel() < _SMALL:
-        return tensor
-    half = tensor.half()
-    return half if bool(half.isfinite().all()) else tensor
+def _stored(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
+    """The tensors that stand for one in the file, by name."""
+    if storage == "fp32" or tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.numel() < _SMALL:
+        return {name: tensor}
+    if storage == "fp16" or not bool(tensor.isfinite().all()):
+        half = tensor.half()
+        return {name: half if bool(half.isfinite().all()) else tensor}
+    step = tensor.abs().amax(tuple(range(1, tensor.ndim)), keepdim=True).clamp(min=1e-12) / 127
+    return {name: (tensor / step).round().to(torch.int8), name + _STEP: step}
+
+
+def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The FP32 tensors that those of a file stand for."""
+    wide: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_STEP):
+            continue
+        step = tensors.get(name + _STEP)
+        wide[name] = tensor * step if step is not None else tensor.float() if tensor.dtype == torch.float16 else tensor
+    return wide
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -92,8 +116,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         tensors = safetensors.torch.load(raw)
     except safetensors.SafetensorError as err:
         raise CheckpointError(str(weights), found=str(err), expected="safetensors") from err
-    widened = {name: t.float() if t.dtype == torch.float16 else t for name, t in tensors.items()}
-    return Checkpoint(card, widened, digest)
+    return Checkpoint(card, _widened(tensors), digest)
 
 
 def load_into(module: torch.nn.Module, checkpoint: Checkpoint, where: str) -> None:

@@ -66,7 +66,7 @@ def test_half_rounds_large_weights_only(tmp_path: Path) -> None:
         "count": torch.tensor(123456789),
         "beyond FP16": torch.full((64, 64), 1e5),
     }
-    save_checkpoint(tmp_path / "net", card(), state, half=True)
+    save_checkpoint(tmp_path / "net", card(), state, storage="fp16")
     on_disk = safetensors.torch.load_file(tmp_path / "net.safetensors")
     assert {name for name, t in on_disk.items() if t.dtype == torch.float16} == {"large", "large conv"}
     found = load_checkpoint(tmp_path / "net").tensors
@@ -81,11 +81,30 @@ def test_half_rounds_large_weights_only(tmp_path: Path) -> None:
 def test_half_keeps_every_normalisation_statistic_of_a_network(tmp_path: Path) -> None:
     config = msgspec.structs.replace(TINY, widths=(8, 8, 64, 96))
     state = {n: t + 1e-4 if "running" in n else t for n, t in weights(config).items()}
-    save_checkpoint(tmp_path / "net", card(config), state, half=True)
+    save_checkpoint(tmp_path / "net", card(config), state, storage="fp16")
     found = load_checkpoint(tmp_path / "net").tensors
     rounded = {name for name, t in state.items() if not torch.equal(found[name], t)}
     assert rounded
     assert all(state[name].ndim > 1 and state[name].numel() >= 4096 for name in rounded)
+
+
+def test_int8_rounds_large_weights_to_half_a_step_of_their_channel(tmp_path: Path) -> None:
+    state = {**weights(msgspec.structs.replace(TINY, widths=(8, 8, 64, 96))), "beyond": torch.full((64, 64), torch.inf)}
+    save_checkpoint(tmp_path / "net", card(), state, storage="int8")
+    save_checkpoint(tmp_path / "half", card(), state, storage="fp16")
+    assert (tmp_path / "net.safetensors").stat().st_size < 0.75 * (tmp_path / "half.safetensors").stat().st_size
+    found = load_checkpoint(tmp_path / "net").tensors
+    assert found.keys() == state.keys()
+    changed = 0
+    for name, tensor in state.items():
+        if torch.equal(found[name], tensor):
+            continue
+        changed += 1
+        step = tensor.abs().amax(tuple(range(1, tensor.ndim)), keepdim=True) / 127
+        assert tensor.ndim > 1
+        assert tensor.numel() >= 4096
+        assert bool(((found[name] - tensor).abs() <= 0.5001 * step).all())
+    assert changed > 3
 
 
 def test_memory_layout_and_shared_memory_do_not_matter(tmp_path: Path) -> None:
