@@ -1,4 +1,4 @@
-"""Random views of a labelled person: rotation, scale, shift, mirror, colour, cut-out.
+"""Random views of a labelled person: rotation, scale, shift, mirror, occlusion, colour, cut-out.
 
 Invariant: all randomness comes from the generator handed in, so a sample is a function of (seed, epoch, person).
 """
@@ -6,17 +6,21 @@ Invariant: all randomness comes from the generator handed in, so a sample is a f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import cv2
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepose.data.coco import Person, read_image
-from edgepose.errors import AnnotationError
+from edgepose.data.occlude import Donors, OcclusionConfig, Target, occlude, severity, truncated
+from edgepose.data.patch import Patch, cut_patch
 from edgepose.pose.preprocess import crop_transforms
 from edgepose.spec import Keypoints, Preprocess
+
+__all__ = ["AugmentConfig", "Occluding", "OcclusionConfig", "Patch", "View", "augment", "cut_patch", "mirror"]
 
 
 class AugmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,6 +35,7 @@ class AugmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         color: Strength of brightness, contrast and saturation changes, 0..1.
         cutout: Probability of covering a random rectangle.
         blur: Probability of a Gaussian blur.
+        occlusion: Things in front of the person; None for none.
     """
 
     rotation_deg: float = 30.0
@@ -41,90 +46,98 @@ class AugmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     color: float = 0.3
     cutout: float = 0.3
     blur: float = 0.1
+    occlusion: OcclusionConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Patch:
-    """The part of a photograph around one person, small enough to keep in memory.
+class View:
+    """One random view of a person of K joints, with what can be seen of it; lengths are pixels of the crop.
 
     Attributes:
-        pixels: (h, w, 3) uint8 BGR.
-        box_xyxy: (4,) float64, pixels of the patch.
-        keypoints: (K, 3) float32 x, y, v; pixels of the patch.
+        crop: (h, w, 3) uint8 BGR.
+        keypoints: (K, 2) float32.
+        weights: (K,) float32: 0 for joints that are not labelled or fell outside the crop, 1 otherwise. A joint that
+            is covered keeps its weight: where it is has to be learned from the others.
+        visible: (K,) float32: 1 where the joint can be seen; 0 where it is covered, labelled hidden, or outside of
+            the photograph or the crop.
+        known: (K,) float32: 1 where `visible` is known, which is where the joint is labelled.
     """
 
-    pixels: NDArray[np.uint8]
-    box_xyxy: NDArray[np.float64]
+    crop: NDArray[np.uint8]
     keypoints: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    visible: NDArray[np.float32]
+    known: NDArray[np.float32]
 
 
-_MARGIN = 1.76  # times the crop: as far as zoom and shift together can look, but for the corners of rotated views
-_OVERSAMPLE = 2.0  # patches are kept at up to this many pixels per input pixel
+class Occluding(TypedDict, total=False):
+    """What occlusion takes beyond its settings.
 
-
-def cut_patch(person: Person, preprocess: Preprocess) -> Patch:
-    """Read a photograph and keep what augmentation can see of one person.
-
-    Raises:
-        ImageError: The photograph cannot be read.
-        AnnotationError: The person's box lies outside it.
+    Attributes:
+        progress: Share of the run that is done, 0..1, for the curriculum; 1 if left out.
+        donors: Other training people, for pieces of photographs; none if left out.
     """
-    frame = read_image(person.image)
-    box = person.box_xyxy
-    zoom = float(crop_transforms(box[None], preprocess)[0, 0, 0])  # input pixels per pixel of the photograph
-    center, half = (box[:2] + box[2:]) / 2, max(preprocess.input_hw) / zoom / 2 * _MARGIN
-    low = np.maximum(np.floor(center - half), 0).astype(int)
-    high = np.minimum(np.ceil(center + half) + 1, frame.shape[1::-1]).astype(int)
-    if (box[:2] >= frame.shape[1::-1]).any() or (box[2:] <= 0).any():
-        raise AnnotationError(
-            f"{person.image}: annotation {person.annotation_id}: bbox",
-            found=f"{', '.join(f'{v:g}' for v in person.bbox_xywh)} (x, y, width, height)",
-            expected=f"a box that meets the photograph of {frame.shape[1]} x {frame.shape[0]} pixels",
-            fix="correct or remove the annotation",
-        )
-    pixels: NDArray[np.uint8] = frame[low[1] : high[1], low[0] : high[0]]
-    scale = min(1.0, _OVERSAMPLE * zoom)
-    if scale * min(pixels.shape[:2]) < 1:  # a box far larger than the photograph, which then is a speck in the crop
-        scale = 1.0
-    if scale < 1:
-        pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    offset = np.array([low[0], low[1]])
 
-    def into_patch(points: NDArray[np.floating]) -> NDArray[np.float64]:
-        return np.asarray((points - offset + 0.5) * scale - 0.5, np.float64)
-
-    keypoints = person.keypoints.copy()
-    keypoints[:, :2] = into_patch(keypoints[:, :2])
-    corners = into_patch(box.reshape(2, 2)).reshape(4)
-    return Patch(np.ascontiguousarray(pixels), corners, keypoints)
+    progress: float
+    donors: Sequence[Patch]
 
 
 def augment(
-    patch: Patch, preprocess: Preprocess, keypoints: Keypoints, config: AugmentConfig, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    patch: Patch,
+    preprocess: Preprocess,
+    keypoints: Keypoints,
+    config: AugmentConfig,
+    rng: np.random.Generator,
+    **occluding: Unpack[Occluding],
+) -> View:
     """One random view of a person.
 
-    Returns:
-        Crop (h, w, 3) uint8 BGR, keypoints (K, 2) float32 in pixels of the crop, weights (K,) float32: 0 for joints
-        that are not labelled or fell outside the crop, 1 otherwise.
+    Things are pasted before colours change and blur sets in, so that they look as if they had been there.
+
+    Args:
+        patch: The person; not changed.
+        preprocess: Size of the crop.
+        keypoints: For mirroring and for limbs of other people.
+        config: How far views go.
+        rng: Of everything random.
+        **occluding: Read only where `config.occlusion` is set.
     """
     height, width = preprocess.input_hw
+    strength = severity(config.occlusion, occluding.get("progress", 1.0)) if config.occlusion else 0.0
+    if config.occlusion:
+        patch = truncated(patch, config.occlusion, strength, rng)
     transform = _random_view(crop_transforms(patch.box_xyxy[None], preprocess)[0], (height, width), config, rng)
-    points, weights = patch.keypoints[:, :2], (patch.keypoints[:, 2] > 0).astype(np.float32)
+    points, labels = patch.keypoints[:, :2], patch.keypoints[:, 2]  # 0 not labelled, 1 hidden, 2 visible
+    labels = np.where(_inside(patch.keypoints, patch.pixels.shape), labels, np.minimum(labels, 1))
     points = (points @ transform[:, :2].T + transform[:, 2]).astype(np.float32)
     if rng.random() < config.mirror:
         transform[0] = -transform[0]
         transform[0, 2] += width - 1
-        points, weights = mirror(points, weights, width, keypoints)
+        points, labels = mirror(points, labels, width, keypoints)
     crop = np.empty((height, width, 3), np.uint8)
     cv2.warpAffine(patch.pixels, transform, (width, height), dst=crop, flags=cv2.INTER_LINEAR)
+    inside, covered = _inside(points, crop.shape), np.zeros((height, width), np.uint8)
+    if config.occlusion:
+        size = (patch.box_xyxy[2:] - patch.box_xyxy[:2]) * math.hypot(*transform[:, 0])
+        target = Target(crop, covered, points[(labels > 0) & inside], float(np.prod(size)))
+        donors = Donors(occluding.get("donors", ()), keypoints.skeleton)
+        occlude(target, donors, config.occlusion, strength, rng)
     crop = _color(crop, config, rng)
     if rng.random() < config.blur:
         crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(0.5, 1.6)).astype(np.uint8, copy=False)
     if rng.random() < config.cutout:
-        _cut_out(crop, rng)
-    inside = ((points >= 0) & (points <= (width - 1, height - 1))).all(1)
-    return crop, points, weights * inside
+        covered[_cut_out(crop, rng)] = 255
+    visible = (inside & (labels > 1)).astype(np.float32)
+    columns, rows = np.rint(points[inside]).astype(np.intp).T
+    visible[inside] = np.where(covered[rows, columns] < 128, visible[inside], 0)
+    known = (labels > 0).astype(np.float32)
+    return View(crop, points, known * inside, visible, known)
+
+
+def _inside(points: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """(K,) bool, which of (K, 2 or more) points lie in an image of this shape."""
+    within = (points[:, :2] >= 0) & (points[:, :2] <= (shape[1] - 1, shape[0] - 1))
+    return np.asarray(within.all(axis=1), np.bool_)
 
 
 def mirror(
@@ -175,8 +188,11 @@ def _color(crop: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Genera
     return clipped
 
 
-def _cut_out(crop: NDArray[np.uint8], rng: np.random.Generator) -> None:
+def _cut_out(crop: NDArray[np.uint8], rng: np.random.Generator) -> tuple[slice, slice]:
+    """Paint a random rectangle; returns its rows and columns."""
     height, width = crop.shape[:2]
     h, w = (rng.uniform(0.1, 0.35, 2) * (height, width)).astype(int)
     y, x = int(rng.integers(0, height - h)), int(rng.integers(0, width - w))
-    crop[y : y + h, x : x + w] = rng.integers(0, 256, 3, dtype=np.uint8)
+    where = slice(y, y + h), slice(x, x + w)
+    crop[where] = rng.integers(0, 256, 3, dtype=np.uint8)
+    return where

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from pathlib import Path
 
 import cv2
@@ -9,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgepose.data.augment import AugmentConfig, augment, cut_patch, mirror
+from edgepose.data.augment import AugmentConfig, OcclusionConfig, View, augment, cut_patch, mirror
 from edgepose.data.coco import Person, read_image
 from edgepose.errors import AnnotationError, ImageError
 from edgepose.pose.preprocess import apply_transforms, crop_transforms, warp
@@ -62,7 +64,8 @@ def test_keypoints_follow_their_pixels_and_mirrors_swap_sides(person: Person, co
     patch = cut_patch(person, PREPROCESS)
     mirrored = []
     for seed in range(40):
-        crop, points, _ = augment(patch, PREPROCESS, KEYPOINTS, config, np.random.default_rng(seed))
+        view = augment(patch, PREPROCESS, KEYPOINTS, config, np.random.default_rng(seed))
+        crop, points = view.crop, view.keypoints
         assert (crop.shape, crop.dtype, points.shape, points.dtype) == ((96, 64, 3), np.uint8, (3, 2), np.float32)
         if not ((points > 11) & (points < (52, 84))).all():
             continue  # a dot may be cut
@@ -79,18 +82,18 @@ def test_keypoints_follow_their_pixels_and_mirrors_swap_sides(person: Person, co
 def test_weights_count_what_is_labelled_and_in_the_crop(tmp_path: Path) -> None:
     joints = np.array([[60.0, 40, 2], [45, 70, 1], [82, 66, 0]])
     patch = cut_patch(dotted(tmp_path, joints, (110, 130), 3), PREPROCESS)
-    *_, weights = augment(patch, PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
+    weights = augment(patch, PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0)).weights
     assert weights.dtype == np.float32
     assert weights.tolist() == [1, 1, 0]
     # The unlabelled joint stays unlabelled under its new name.
-    *_, weights = augment(
-        patch, PREPROCESS, KEYPOINTS, msgspec.structs.replace(STILL, mirror=1.0), np.random.default_rng(0)
-    )
+    mirrored = msgspec.structs.replace(STILL, mirror=1.0)
+    weights = augment(patch, PREPROCESS, KEYPOINTS, mirrored, np.random.default_rng(0)).weights
     assert weights.tolist() == [1, 0, 1]
     wild = msgspec.structs.replace(GEOMETRY, shift=0.6)
     outside = 0
     for seed in range(30):
-        _, points, weights = augment(patch, PREPROCESS, KEYPOINTS, wild, np.random.default_rng(seed))
+        view = augment(patch, PREPROCESS, KEYPOINTS, wild, np.random.default_rng(seed))
+        points, weights = view.keypoints, view.weights
         inside = ((points >= 0) & (points <= (63, 95))).all(1)
         assert not weights[~inside].any()
         outside += (~inside).sum()
@@ -103,10 +106,10 @@ def test_equal_generators_give_equal_views_and_others_do_not(person: Person) -> 
     before = patch.pixels.copy(), patch.keypoints.copy(), patch.box_xyxy.copy()
     everything = AugmentConfig(blur=0.5, cutout=1.0)
     views = [augment(patch, PREPROCESS, KEYPOINTS, everything, np.random.default_rng(s)) for s in (3, 3, 4)]
-    for first, second in zip(views[0], views[1], strict=True):
-        assert np.array_equal(first, second)
-    assert not np.array_equal(views[0][0], views[2][0])
-    assert not np.array_equal(views[0][1], views[2][1])
+    for field in dataclasses.fields(View):
+        assert np.array_equal(getattr(views[0], field.name), getattr(views[1], field.name)), field.name
+    assert not np.array_equal(views[0].crop, views[2].crop)
+    assert not np.array_equal(views[0].keypoints, views[2].keypoints)
     for now, then in zip((patch.pixels, patch.keypoints, patch.box_xyxy), before, strict=True):
         assert np.array_equal(now, then)
 
@@ -114,12 +117,12 @@ def test_equal_generators_give_equal_views_and_others_do_not(person: Person) -> 
 @pytest.mark.parametrize("name", ["color", "cutout", "blur"])
 def test_each_disturbance_changes_pixels_and_never_keypoints(name: str, person: Person) -> None:
     patch = cut_patch(person, PREPROCESS)
-    plain, points, weights = augment(patch, PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(1))
+    plain = augment(patch, PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(1))
     config = msgspec.structs.replace(STILL, **{name: 1.0})
-    disturbed, *labels = augment(patch, PREPROCESS, KEYPOINTS, config, np.random.default_rng(1))
-    assert (disturbed != plain).mean() > 0.02
-    assert np.array_equal(labels[0], points)
-    assert np.array_equal(labels[1], weights)
+    disturbed = augment(patch, PREPROCESS, KEYPOINTS, config, np.random.default_rng(1))
+    assert (disturbed.crop != plain.crop).mean() > 0.02
+    assert np.array_equal(disturbed.keypoints, plain.keypoints)
+    assert np.array_equal(disturbed.weights, plain.weights)
 
 
 @pytest.mark.parametrize("input_hw", [(96, 64), (64, 96), (64, 64)])
@@ -129,7 +132,8 @@ def test_no_augmentation_is_the_evaluation_crop(input_hw: tuple[int, int], tmp_p
     noise = np.random.default_rng(0).integers(0, 256, (120, 150, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "x.png"), cv2.GaussianBlur(noise, (0, 0), 2))
     person = Person(tmp_path / "x.png", 1, 1, np.array([50.0, 30, 40, 50]), np.ones((3, 3), np.float32))
-    crop, points, _ = augment(cut_patch(person, preprocess), preprocess, KEYPOINTS, STILL, np.random.default_rng(0))
+    view = augment(cut_patch(person, preprocess), preprocess, KEYPOINTS, STILL, np.random.default_rng(0))
+    crop, points = view.crop, view.keypoints
     transforms = crop_transforms(person.box_xyxy[None], preprocess)
     assert np.abs(points - apply_transforms(person.keypoints[None, :, :2], transforms)[0]).max() < 1e-3
     assert np.abs(crop.astype(int) - warp(read_image(person.image), transforms, input_hw)[0]).max() <= 3
@@ -145,7 +149,7 @@ def test_a_patch_holds_all_that_upright_views_can_see(input_hw: tuple[int, int],
         patch = cut_patch(person, preprocess)
         assert patch.pixels.shape[0] < 400  # otherwise this test says nothing
         for seed in range(30):
-            assert augment(patch, preprocess, KEYPOINTS, upright, np.random.default_rng(seed))[0].min() == 255
+            assert augment(patch, preprocess, KEYPOINTS, upright, np.random.default_rng(seed)).crop.min() == 255
 
 
 def test_large_photographs_are_kept_at_twice_the_inputs_resolution(tmp_path: Path) -> None:
@@ -166,7 +170,7 @@ def test_a_box_beside_the_photograph_is_refused(person: Person) -> None:
 
 def test_a_speck_of_a_photograph_in_a_huge_box_is_bearable(person: Person) -> None:
     huge = Person(person.image, 1, 1, np.array([-5e5, -5e5, 1e6, 1e6]), person.keypoints)
-    crop, *_ = augment(cut_patch(huge, PREPROCESS), PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
+    crop = augment(cut_patch(huge, PREPROCESS), PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0)).crop
     assert crop.shape == (96, 64, 3)
 
 
