@@ -7,20 +7,21 @@ neither kept nor changed.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgepose.bundle import Bundle, check_engine, read_bundle
 from edgepose.errors import AnnotationError, BackendUnavailable, ImageError, MissingDependency, SpecError, UsageError
-from edgepose.pose.codec import decode
+from edgepose.pose.codec import decode, named_output, output_names
+from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order
 from edgepose.pose.preprocess import crop_transforms, normalise, to_source, warp
 from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
-from edgepose.spec import Backend, Engine, ModelSpec, Poses, Precision, SimCC
+from edgepose.spec import Backend, Engine, ModelSpec, Poses, Precision, Regression
 
 MAX_BATCH = 64
 """People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
@@ -41,6 +42,7 @@ class EstimatorInfo:
         threads: Threads it was opened with; 0 stands for all physical cores.
         input_hw: Height and width of the network's input in pixels.
         keypoints: Names, in output order.
+        flip_test: Whether each crop is also shown mirrored and the two answers are averaged.
     """
 
     name: str
@@ -50,6 +52,7 @@ class EstimatorInfo:
     threads: int
     input_hw: tuple[int, int]
     keypoints: tuple[str, ...]
+    flip_test: bool = False
 
 
 class PoseEstimator:
@@ -59,16 +62,20 @@ class PoseEstimator:
         session: The loaded network; the estimator closes it.
         spec: What it eats and says.
         backend: Passed on in the poses.
+        flip_test: Show each crop mirrored as well and average the two answers: a little better, and twice the work.
 
     Raises:
-        SpecError: The session does not fit the specification.
+        SpecError: The session does not fit the specification, or the flip test lacks the keypoints' flip pairs.
     """
 
-    def __init__(self, session: Session, spec: ModelSpec, *, backend: str = "") -> None:
+    def __init__(self, session: Session, spec: ModelSpec, *, backend: str = "", flip_test: bool = False) -> None:
         self._batch = _check_session(session, spec)
+        if flip_test:
+            mirror_order(spec.keypoints)
         self._session = session
         self._spec = spec
-        self._info = EstimatorInfo(spec.name, backend, None, "", 0, spec.preprocess.input_hw, spec.keypoints.names)
+        hw, names = spec.preprocess.input_hw, spec.keypoints.names
+        self._info = EstimatorInfo(spec.name, backend, None, "", 0, hw, names, flip_test)
 
     @classmethod
     def from_bundle(
@@ -77,6 +84,8 @@ class PoseEstimator:
         backend: Backend | None = None,
         threads: int | None = None,
         precision: Precision | None = None,
+        *,
+        flip_test: bool = False,
     ) -> Self:
         """Loads the first engine of a bundle that this machine can execute.
 
@@ -85,9 +94,11 @@ class PoseEstimator:
             backend: Take only engines of this runtime.
             threads: Threads of one inference, 0 for all physical cores; None takes what the engine was made for.
             precision: Take only engines of this precision.
+            flip_test: Show each crop mirrored as well and average the two answers.
 
         Raises:
-            BadInput: `path` is no bundle, or none of its engines is of that backend and precision.
+            BadInput: `path` is no bundle, none of its engines is of that backend and precision, or the flip test lacks
+                the keypoints' flip pairs.
             IntegrityError: The engine was changed since the bundle was written.
             EnvironmentFault: No suitable runtime is installed here; the text names the extras to install.
         """
@@ -97,7 +108,7 @@ class PoseEstimator:
         file = check_engine(bundle, engine)
         session = open_session(file, engine.backend, threads=used, precision=engine.precision)
         try:
-            estimator = cls(session, bundle.manifest.spec, backend=engine.backend)
+            estimator = cls(session, bundle.manifest.spec, backend=engine.backend, flip_test=flip_test)
         except BaseException:
             session.close()
             raise
@@ -110,6 +121,7 @@ class PoseEstimator:
             threads=used,
             input_hw=spec.preprocess.input_hw,
             keypoints=spec.keypoints.names,
+            flip_test=flip_test,
         )
         return estimator
 
@@ -140,32 +152,51 @@ class PoseEstimator:
         frame = np.ascontiguousarray(frame)  # else OpenCV would copy a view once per box
         height, width = frame.shape[:2]
         checked = np.array([[0.0, 0.0, width, height]]) if boxes is None else _check_boxes(boxes, height, width)
-        joints = self._spec.keypoints.count
-        keypoints = np.empty((len(checked), joints, 2), np.float32)
-        scores = np.empty((len(checked), joints), np.float32)
+        shape = len(checked), self._spec.keypoints.count
+        found = _Found(
+            keypoints=np.empty((*shape, 2), np.float32),
+            scores=np.empty(shape, np.float32),
+            visibility=np.empty(shape, np.float32) if self._spec.visibility else None,
+            errors_px=np.empty(shape, np.float32) if self._spec.uncertainty else None,
+        )
         for start in range(0, len(checked), self._batch or MAX_BATCH):
             part = slice(start, start + (self._batch or MAX_BATCH))
-            keypoints[part], scores[part] = self._infer(frame, checked[part])
-        arrays = keypoints, scores, checked.astype(np.float32)
-        for array in arrays:
-            array.setflags(write=False)
-        return Poses(*arrays, backend=self._info.backend)
+            for whole, piece in zip(found, self._infer(frame, checked[part]), strict=True):
+                if whole is not None:
+                    whole[part] = piece
+        cropped = checked.astype(np.float32)
+        for array in (*found, cropped):
+            if array is not None:
+                array.setflags(write=False)
+        return Poses(found.keypoints, found.scores, cropped, self._info.backend, found.visibility, found.errors_px)
 
-    def _infer(self, frame: NDArray[np.uint8], boxes: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keypoints (n, K, 2) in pixels of the frame and scores (n, K) of at most one batch of boxes."""
-        preprocess = self._spec.preprocess
+    def _infer(self, frame: NDArray[np.uint8], boxes: NDArray[np.float64]) -> _Found:
+        """What the network says of at most one batch of boxes."""
+        spec, preprocess = self._spec, self._spec.preprocess
         transforms = crop_transforms(boxes, preprocess)
         images = normalise(warp(frame, transforms, preprocess.input_hw), preprocess)
         if self._batch > len(images):  # an engine of fixed batch gets blank people to fill it up
             blank = np.zeros((self._batch - len(images), *images.shape[1:]), images.dtype)
             images = np.concatenate([images, blank])
-        outputs = self._session.infer({self._spec.inputs[0].name: images})
+        outputs: Mapping[str, NDArray[Any]] = self._session.infer({spec.inputs[0].name: images})
+        if self._info.flip_test:
+            mirrored = self._session.infer({spec.inputs[0].name: mirror_images(images)})
+            outputs = merge_flipped(outputs, mirrored, spec)
         count = len(boxes)
-        keypoints, scores = decode({name: value[:count] for name, value in outputs.items()}, self._spec.decoder)
-        expected = (count, self._spec.keypoints.count, 2)
+        outputs = {name: value[:count] for name, value in outputs.items()}
+        keypoints, scores = decode(outputs, spec.decoder)
+        expected = (count, spec.keypoints.count, 2)
         if keypoints.shape != expected:
             raise SpecError("network", found=f"keypoints of shape {keypoints.shape}", expected=f"{expected}")
-        return to_source(keypoints, transforms), scores
+        size = f"(N, {spec.keypoints.count})"
+        visibility = errors_px = None
+        if spec.visibility:
+            visibility = np.exp(-np.logaddexp(np.float32(0), -named_output(outputs, spec.visibility, size)))
+        if spec.uncertainty:
+            scale = transforms[:, 0, :1]  # input pixels per source pixel
+            with np.errstate(over="ignore"):  # no idea at all is an infinite error
+                errors_px = np.exp(named_output(outputs, spec.uncertainty, size)) / scale
+        return _Found(to_source(keypoints, transforms), scores, visibility, errors_px)
 
     def close(self) -> None:
         """Frees the network; calling it twice is harmless."""
@@ -178,6 +209,15 @@ class PoseEstimator:
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Found(NamedTuple):
+    """What a network says of n people: `Poses` without their boxes."""
+
+    keypoints: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    visibility: NDArray[np.float32] | None
+    errors_px: NDArray[Any] | None
 
 
 def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Precision | None = None) -> Engine:
@@ -233,7 +273,10 @@ def _check_session(session: Session, spec: ModelSpec) -> int:
         found = f"input of shape {shape} and dtype {session.inputs[0].dtype}"
         raise SpecError(where, found=found, expected=f"(batch, {', '.join(map(str, expected))}) and float32")
     decoder = spec.decoder
-    needed = {decoder.x, decoder.y} if isinstance(decoder, SimCC) else {decoder.output}
+    if isinstance(decoder, Regression) and decoder.input_hw != spec.preprocess.input_hw:
+        found = f"a decoder for inputs of {decoder.input_hw}"
+        raise SpecError(where, found=found, expected=f"the network's own, {spec.preprocess.input_hw}")
+    needed = {*output_names(decoder), *filter(None, (spec.visibility, spec.uncertainty))}
     if missing := needed - {tensor.name for tensor in session.outputs}:
         found = f"outputs {[tensor.name for tensor in session.outputs]}"
         raise SpecError(where, found=found, expected=f"{sorted(missing)} among them")

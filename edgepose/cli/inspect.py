@@ -15,7 +15,7 @@ from edgepose.bundle import Bundle, read_bundle
 from edgepose.cli.console import STDOUT, show_facts, show_table, write_json
 from edgepose.cli.options import StdoutJsonFlag
 from edgepose.cli.subject import find_subject
-from edgepose.spec import ModelSpec, SimCC, TensorSpec
+from edgepose.spec import Decoder, Heatmap, ModelSpec, Regression, SimCC, TensorSpec
 
 EXAMPLES = (
     "edgepose inspect kpe-s.bundle",
@@ -83,15 +83,24 @@ def _show_bundle(bundle: Bundle) -> None:
 
 def _show_spec(spec: ModelSpec, facts: Mapping[str, str]) -> None:
     height, width = spec.preprocess.input_hw
-    decoder = "SimCC" if isinstance(spec.decoder, SimCC) else f"heat maps, stride {spec.decoder.stride:g}"
     rows = {
         "network": spec.name,
         **facts,
         "input": f"{_tensors(spec.inputs)}, {width} x {height} {spec.preprocess.color}",
-        "outputs": f"{_tensors(spec.outputs)}, decoded as {decoder}",
+        "outputs": f"{_tensors(spec.outputs)}, decoded as {_decoding(spec.decoder)}",
         "keypoints": f"{spec.keypoints.count}: {', '.join(spec.keypoints.names)}",
     }
     show_facts({name: value for name, value in rows.items() if value})
+
+
+def _decoding(decoder: Decoder) -> str:
+    match decoder:
+        case SimCC():
+            return "SimCC"
+        case Heatmap():
+            return f"heat maps, stride {decoder.stride:g}"
+        case Regression():
+            return "coordinates"
 
 
 def _show_plan(plan: Mapping[str, Any]) -> None:
