@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from edgepose.data.augment import Patch, augment, cut_patch
 from edgepose.data.coco import PoseDataset
-from edgepose.errors import AnnotationError, SpecError
-from edgepose.pose.codec import encode_heatmap, encode_simcc
-from edgepose.spec import Heatmap, ModelSpec, SimCC
+from edgepose.errors import AnnotationError, SpecError, UsageError
+from edgepose.pose.codec import encode_heatmap, encode_regression, encode_simcc
+from edgepose.spec import Heatmap, ModelSpec, Regression, SimCC
 from edgepose.training.config import TrainConfig
 
 
@@ -32,11 +32,17 @@ class Batch:
         crops: (N, h, w, 3) uint8 BGR.
         targets: Label tensors in the order of the network's outputs.
         weights: (N, K) float32, 0 for joints that do not count.
+        keypoints: (N, K, 2) float32, pixels of the crop.
+        visible: (N, K) float32, 1 where a joint can be seen, 0 where it is hidden.
+        known: (N, K) float32, 1 where `visible` is known.
     """
 
     crops: Tensor
     targets: tuple[Tensor, ...]
     weights: Tensor
+    keypoints: Tensor
+    visible: Tensor
+    known: Tensor
 
 
 def check_people(data: PoseDataset, spec: ModelSpec) -> None:
@@ -63,7 +69,20 @@ def check_people(data: PoseDataset, spec: ModelSpec) -> None:
 
 
 class AugmentedPeople(Dataset[Batch]):
-    """All batches of a run by number; patches are cut once and shared with the workers by forking."""
+    """All batches of a run by number; patches are cut once and shared with the workers by forking.
+
+    Args:
+        data: The people; an epoch shows each of them once.
+        spec: The network's specification.
+        config: Settings of the run.
+        extra: People that fill the share `config.rendered` of every batch, in an order of their own.
+        on_patch: Called whenever a photograph was read.
+
+    Raises:
+        AnnotationError: There is nobody.
+        SpecError: Other keypoints than the network's.
+        UsageError: A share of other people is asked for and there are none, or the reverse.
+    """
 
     def __init__(
         self,
@@ -71,35 +90,55 @@ class AugmentedPeople(Dataset[Batch]):
         spec: ModelSpec,
         config: TrainConfig,
         *,
+        extra: PoseDataset | None = None,
         on_patch: Callable[[], None] | None = None,
     ) -> None:
-        check_people(data, spec)
-        self.spec, self.config, self.batch_size = spec, config, config.batch_size
-        self.patches: list[Patch] = []
-        for person in data.persons:
-            self.patches.append(cut_patch(person, spec.preprocess))
-            if on_patch:
-                on_patch()
-        self.batches_per_epoch = max(1, len(self.patches) // config.batch_size)
+        self.spec, self.config = spec, config
+        self.patches = _cut(data, spec, on_patch)
+        self.extra = _cut(extra, spec, on_patch) if extra is not None else []
+        extra_rows = round(config.batch_size * config.rendered)
+        if bool(extra_rows) != bool(self.extra) or extra_rows >= config.batch_size:
+            raise UsageError(
+                "training: rendered",
+                found=f"{config.rendered:g} of a batch of {config.batch_size}, and {len(self.extra)} people for it",
+                expected="a second set of people exactly where a share of each batch, but not all, is to come from it",
+            )
+        self.rows, self.extra_rows = config.batch_size - extra_rows, extra_rows
+        self.batches_per_epoch = max(1, len(self.patches) // self.rows)
 
     def __len__(self) -> int:
         return self.batches_per_epoch
 
     def __getitem__(self, number: int) -> Batch:
-        epoch, position = divmod(number, self.batches_per_epoch)
-        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.patches))
-        rows = order[position * self.batch_size : (position + 1) * self.batch_size]
-        crops, points, weights = [], [], []
-        for row in rows:
-            rng = np.random.default_rng((self.config.seed, epoch, int(row)))
-            crop, xy, weight = augment(
-                self.patches[row], self.spec.preprocess, self.spec.keypoints, self.config.augment, rng
+        progress = min(1.0, number / (self.config.epochs * self.batches_per_epoch))
+        views = [
+            augment(
+                patch, self.spec.preprocess, self.spec.keypoints, self.config.augment, np.random.default_rng(seed),
+                progress=progress, donors=self.patches,
             )
-            crops.append(crop)
-            points.append(xy)
-            weights.append(weight)
-        targets = self._encode(np.stack(points))
-        return Batch(torch.from_numpy(np.stack(crops)), targets, torch.from_numpy(np.stack(weights)))
+            for patch, seed in self._chosen(number)
+        ]  # fmt: skip
+        points = np.stack([view.keypoints for view in views])
+        return Batch(
+            crops=torch.from_numpy(np.stack([view.crop for view in views])),
+            targets=self._encode(points),
+            weights=torch.from_numpy(np.stack([view.weights for view in views])),
+            keypoints=torch.from_numpy(points),
+            visible=torch.from_numpy(np.stack([view.visible for view in views])),
+            known=torch.from_numpy(np.stack([view.known for view in views])),
+        )
+
+    def _chosen(self, number: int) -> Iterator[tuple[Patch, tuple[int, ...]]]:
+        """The people of a batch, and what the randomness of their views starts from."""
+        seed = self.config.seed
+        epoch, position = divmod(number, self.batches_per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.patches))
+        for row in order[position * self.rows : (position + 1) * self.rows]:
+            yield self.patches[row], (seed, epoch, int(row))
+        for place in range(number * self.extra_rows, (number + 1) * self.extra_rows):
+            turn, position = divmod(place, len(self.extra))
+            row = np.random.default_rng((seed, turn, _EXTRA)).permutation(len(self.extra))[position]
+            yield self.extra[row], (seed, turn, int(row), _EXTRA)
 
     def _encode(self, points: np.ndarray) -> tuple[Tensor, ...]:
         hw, decoder = self.spec.preprocess.input_hw, self.spec.decoder
@@ -110,6 +149,8 @@ class AugmentedPeople(Dataset[Batch]):
                 # Narrower than this, a Gaussian falls between the cells and no refinement finds its centre.
                 sigma_px = max(self.config.sigma_px, 0.75 * decoder.stride)
                 return (torch.from_numpy(encode_heatmap(points, hw, decoder, sigma_px)),)
+            case Regression():
+                return (torch.from_numpy(encode_regression(points, decoder)),)
 
     def numbers(self, numbers: Sequence[int], workers: int) -> Generator[Batch]:
         """The batches with these numbers, in order, prepared ahead by `workers` processes (0: in this one)."""
@@ -122,6 +163,19 @@ class AugmentedPeople(Dataset[Batch]):
             prefetch_factor=4 if workers else None,
         )
         yield from loader
+
+
+_EXTRA = 1  # keeps the second set's randomness apart from the first's
+
+
+def _cut(data: PoseDataset, spec: ModelSpec, on_patch: Callable[[], None] | None) -> list[Patch]:
+    check_people(data, spec)
+    patches = []
+    for person in data.persons:
+        patches.append(cut_patch(person, spec.preprocess))
+        if on_patch:
+            on_patch()
+    return patches
 
 
 def _start_worker(_: int) -> None:

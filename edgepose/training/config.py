@@ -5,9 +5,14 @@ Invariant: importing this loads no training library, so that a stage can be reco
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import msgspec
 
+from edgepose.blocks.config import LossConfig
 from edgepose.data.augment import AugmentConfig
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -17,7 +22,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         epochs: Passes over the training people.
         batch_size: People per step.
         learning_rate: Peak of the one-cycle schedule.
-        weight_decay: AdamW's, on convolution and linear weights only.
+        weight_decay: On convolution and linear weights only.
         warmup: Share of the steps spent rising to the peak.
         sigma_px: Standard deviation of the label Gaussians, input pixels; for heat maps at least 0.75 cells.
         averaging: Decay of the exponential moving average of the weights, per step.
@@ -25,6 +30,13 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         seed: Of batches and augmentation.
         bf16: Run convolutions in bfloat16.
         augment: Random views.
+        loss: How keypoint errors are weighed.
+        optimizer: AdamW, or Muon for the weights of convolutions and linear layers and AdamW for the rest.
+        stage_weight: Weight of each earlier stage's keypoint loss, where a network has several, against 1 of the last.
+        visibility_weight: Weight of the visibility head's loss, where a network has one.
+        uncertainty_weight: Weight of the expected errors' loss, where a network says them.
+        masking: Expected share of the keypoints whose evidence an occlusion-robust block does not get to see.
+        rendered: Share of each batch that comes from a second set of people, where one is given.
     """
 
     epochs: int
@@ -38,3 +50,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     bf16: bool = True
     augment: AugmentConfig = AugmentConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    stage_weight: float = 1.0
+    visibility_weight: float = 0.5
+    uncertainty_weight: float = 0.1
+    masking: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.0
+    rendered: Share = 0.0

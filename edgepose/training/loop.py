@@ -1,4 +1,4 @@
-"""The training loop: AdamW with a one-cycle schedule, averaged weights, optional teacher; exact resumption.
+"""The training loop: a one-cycle schedule, averaged weights, optional teacher; exact resumption.
 
 Invariant: everything a run depends on is in its config, its seed and its data, so a run that was stopped and resumed
 sees the same batches as one that was not; the best epoch is chosen on `dev` alone.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 import io
 import math
 import signal
@@ -24,7 +25,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from edgepose.blocks.losses import distillation_loss, keypoint_loss
+from edgepose.blocks.heads import Stage
+from edgepose.blocks.orn import Hide
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import CheckpointError, EdgeposeError
 from edgepose.pose import metrics
@@ -32,6 +34,8 @@ from edgepose.spec import ModelSpec
 from edgepose.storage import atomic_write
 from edgepose.training.batches import AugmentedPeople, Batch, to_input
 from edgepose.training.config import TrainConfig
+from edgepose.training.objective import Objective
+from edgepose.training.optimizers import make_optimizers
 from edgepose.training.predict import Crops, cut_crops, predict
 
 
@@ -101,7 +105,7 @@ class _State:
 def fit(
     model: nn.Module,
     spec: ModelSpec,
-    data: tuple[PoseDataset, PoseDataset],
+    data: tuple[PoseDataset, PoseDataset] | tuple[PoseDataset, PoseDataset, PoseDataset],
     config: TrainConfig,
     *,
     teacher: nn.Module | None = None,
@@ -112,28 +116,36 @@ def fit(
     Args:
         model: Any module that maps images to outputs as `spec` says; fake-quantised ones too.
         spec: Its specification.
-        data: The people to train on, and the people (dev) that the best epoch is chosen on.
+        data: The people to train on, the people (dev) that the best epoch is chosen on, and with `config.rendered`
+            the people that fill this share of every batch.
         config: Settings.
         teacher: Network whose outputs the loss follows with `config.distill_weight`.
         options: State file, observer, workers.
 
     Raises:
         CheckpointError: The state belongs to another run.
+        UsageError: `config.rendered` without such people, or the reverse.
         EdgeposeError: The loss is no longer a number.
         Interrupted: SIGINT or SIGTERM; the state was saved.
     """
     tune_allocator()
     observer, state = options.observer, options.state
-    people = _people(data[0], spec, config, observer)
+    people = _people((data[0], *data[2:]), spec, config, observer)
     run = _Run(model, spec, cut_crops(data[1], spec), config, teacher)
     run.per_epoch = people.batches_per_epoch
     shapes = [{n: t.shape for n, t in m.state_dict().items()} if m is not None else None for m in (model, teacher)]
-    identity = hashlib.sha256(msgspec.json.encode([config, data[0].digest, data[1].digest, spec, shapes])).hexdigest()
+    digests = [part.digest for part in data]
+    identity = hashlib.sha256(msgspec.json.encode([config, *digests, spec, shapes])).hexdigest()
     if state is not None and state.exists():
         run.restore(state, identity)
     total = config.epochs * people.batches_per_epoch
     # Closing ends the workers before the interpreter does, which would wait for them for ever.
-    with _stop_signals() as stopped, closing(people.numbers(range(run.state.step, total), options.workers)) as batches:
+    remaining = range(run.state.step, total)
+    with (
+        _stop_signals() as stopped,
+        _masking(model, config.masking),
+        closing(people.numbers(remaining, options.workers)) as batches,
+    ):
         saved_s = start_s = time.monotonic()
         for batch in batches:
             loss = run.step(batch)
@@ -156,15 +168,16 @@ def fit(
 _SAVE_EVERY_S = 180.0
 
 
-def _people(data: PoseDataset, spec: ModelSpec, config: TrainConfig, observer: Observer) -> AugmentedPeople:
-    done = 0
+def _people(data: tuple[PoseDataset, ...], spec: ModelSpec, config: TrainConfig, observer: Observer) -> AugmentedPeople:
+    done, total = 0, sum(len(part) for part in data)
 
     def count() -> None:
         nonlocal done
         done += 1
-        observer.cutting(done, len(data))
+        observer.cutting(done, total)
 
-    return AugmentedPeople(data, spec, config, on_patch=count)
+    extra = data[1] if len(data) > 1 else None
+    return AugmentedPeople(data[0], spec, config, extra=extra, on_patch=count)
 
 
 class _Run:
@@ -182,26 +195,23 @@ class _Run:
         self.teacher = _channels_last(teacher).eval() if teacher else None
         self.spec, self.dev, self.config = spec, dev, config
         self.per_epoch = 1
-        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+        self.objective = Objective(spec, config)
+        self.optimizers = make_optimizers(model, self.objective, config)
         self.state = _State({n: t.detach().clone() for n, t in model.state_dict().items()})
 
     def step(self, batch: Batch) -> float:
         config, state = self.config, self.state
         rate = _one_cycle(state.step / (config.epochs * self.per_epoch), config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         images = to_input(batch.crops, self.spec)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            outputs = self.model(images)
-        loss = keypoint_loss(outputs, batch.targets, batch.weights, self.spec.decoder)
+        stages = self._stages(images)
+        taught = None
         if self.teacher is not None and config.distill_weight > 0:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                 taught = self.teacher(images)
-            distilled = distillation_loss(outputs, taught, self.spec.decoder)
-            loss = (1 - config.distill_weight) * loss + config.distill_weight * distilled
+        loss: Tensor = self.objective(stages, batch, taught)
         value = loss.item()
         if not math.isfinite(value):
             raise EdgeposeError(
@@ -210,14 +220,26 @@ class _Run:
                 expected="a number",
                 fix="lower the learning rate, or train without bf16",
             )
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_([*self.model.parameters(), *self.objective.parameters()], 5.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
         state.step += 1
         state.losses += value
         self._average()
         return value
+
+    def _stages(self, images: Tensor) -> list[Stage]:
+        """What the network says, stage by stage; its chance is a function of the step, so that runs can be resumed."""
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16),
+        ):
+            torch.manual_seed(self.config.seed * 1_000_003 + self.state.step)
+            stages = getattr(self.model, "stages", None)  # a method; other networks may have parts of that name
+            return stages(images) if inspect.ismethod(stages) else [Stage(self.model(images), None)]
 
     def _average(self) -> None:
         # The average must forget the random start: its window grows with the run up to the configured decay.
@@ -256,7 +278,8 @@ class _Run:
             "model": self.model.state_dict(),
             "averaged": self.state.averaged,
             "best": self.state.best,
-            "optimizer": self.optimizer.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scalars": {"step": self.state.step, "losses": self.state.losses, "best_epoch": self.state.best_epoch},
             "curve": self.state.curve,
         }
@@ -283,7 +306,9 @@ class _Run:
                 fix="delete it to start afresh, or repeat the old settings to resume",
             )
         self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.objective.load_state_dict(content["objective"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.state = _State(content["averaged"], **content["scalars"], curve=content["curve"], best=content["best"])
 
 
@@ -322,6 +347,19 @@ def _one_cycle(progress: float, config: TrainConfig) -> float:
         return config.learning_rate * (0.05 + 0.95 * progress / config.warmup)
     share = (progress - config.warmup) / (1 - config.warmup)
     return config.learning_rate * (0.002 + 0.998 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+@contextmanager
+def _masking(model: nn.Module, share: float) -> Iterator[None]:
+    """Keypoint masking of the network's occlusion-robust blocks, for the time of a run."""
+    blocks = [part for part in model.modules() if isinstance(part, Hide)]
+    for block in blocks:
+        block.share = share
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.share = 0.0
 
 
 @contextmanager

@@ -1,0 +1,186 @@
+"""ORN, the occlusion-robust block: keypoints read off the picture, off each other, and how far each is to be believed.
+
+Invariant: a new block changes nothing: its last layers start at zero, so a trained KPE network goes on as it is. Every
+parameter whose size follows the input's is in `ORN.places` or in a layer of `ORN.sized_layers`.
+
+A keypoint that is covered leaves no peak in its map, but its neighbours say where it must be. So every keypoint becomes
+a token: its whole map, the features under its peak, and which keypoint it is. Gated attention (Hua et al., "Transformer
+Quality in Linear Time", ICML 2022; squared ReLU instead of softmax) lets tokens look at each other and at the
+backbone's coarsest map, and linear layers turn what comes out into corrections of the head's outputs. All products with
+weights are linear layers, which every backend computes in integers; what stands between them is in modules of its own
+(`Sum`, `Normalise`, `Mix`, `Pool`), which stay float for the reasons in `compress.protected`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from edgepose.blocks.config import ORNConfig
+
+_EXPECTED_PX = 12.0  # of a network that has learnt nothing yet; only where the logarithm starts
+
+
+class Sizes(NamedTuple):
+    """What surrounds a block.
+
+    Attributes:
+        keypoints: Keypoints to predict.
+        channels: Of the map that the head reads, and of the backbone's coarsest map.
+        map_hw: Height and width of the head's keypoint maps.
+        coarse_hw: Height and width of the coarsest map.
+        outputs: Shapes of the head's outputs behind batch and keypoint.
+    """
+
+    keypoints: int
+    channels: tuple[int, int]
+    map_hw: tuple[int, int]
+    coarse_hw: tuple[int, int]
+    outputs: tuple[tuple[int, ...], ...]
+
+
+class Sum(nn.Module):
+    """Addition as a module, so that it can be protected by name."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return first + second
+
+
+class Normalise(nn.Module):
+    """Vectors (…, C) to a root mean square of 1 (Zhang & Sennrich, NeurIPS 2019); the next layer's weights are gain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class Mix(nn.Module):
+    """Gated attention without softmax: gate · (relu(query keyᵀ / √c)² / n) value."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+        """(N, K, c), (N, n, c), (N, n, d) and (N, K, d) to (N, K, d)."""
+        scores = torch.relu(query @ key.transpose(1, 2))
+        return gate * (scores * scores @ value) * (1.0 / (query.shape[2] * key.shape[1]))
+
+
+class Pool(nn.Module):
+    """The features under each keypoint's peak: the map's softmax weighs them."""
+
+    def forward(self, flat: Tensor, features: Tensor) -> Tensor:
+        """(N, K, h·w) map values and (N, C, h, w) features to (N, K, C)."""
+        return flat.float().softmax(-1).to(features.dtype) @ features.flatten(2).transpose(1, 2)
+
+
+class Hide(nn.Module):
+    """Keypoint masking: during training, what the head says of some keypoints is withheld.
+
+    Attributes:
+        share: Expected share of the keypoints that are hidden, 0..0.5; a picture's own lies between none and twice it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 0.0
+
+    def forward(self, flat: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not self.training or self.share <= 0:
+            return flat, tuple(outputs)
+        count, keypoints = flat.shape[:2]
+        shares = 2 * self.share * torch.rand(count, 1, device=flat.device)
+        kept = (torch.rand(count, keypoints, device=flat.device) >= shares).to(flat.dtype)
+        return flat * kept[..., None], tuple(o * kept.reshape(*kept.shape, *[1] * (o.ndim - 2)) for o in outputs)
+
+
+class GatedAttentionUnit(nn.Module):
+    """One layer: keypoint tokens (N, K, C) look at each other and at context (N, n, C), which stays as it is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden, key = 2 * width, max(1, width // 2)
+        self.norm, self.mix, self.sum = Normalise(), Mix(), Sum()
+        self.query, self.key = nn.Linear(width, key), nn.Linear(width, key)
+        self.value, self.gate = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.value_relu, self.gate_relu = nn.ReLU(), nn.ReLU()
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        own = self.norm(tokens)
+        seen = torch.cat([own, context], 1)
+        value, gate = self.value_relu(self.value(seen)), self.gate_relu(self.gate(own))
+        mixed: Tensor = self.sum(tokens, self.out(self.mix(self.query(own), self.key(seen), value, gate)))
+        return mixed
+
+
+class ORN(nn.Module):
+    """Corrects a head's outputs, and says what can be seen and how far each keypoint is off.
+
+    Args:
+        config: Width and layers.
+        sizes: What surrounds the block.
+    """
+
+    sized_layers = ("evidence", "corrections")
+    """Layers that take or give whole maps or coordinate bins; only they and `places` change with the input's size."""
+
+    def __init__(self, config: ORNConfig, sizes: Sizes) -> None:
+        super().__init__()
+        width, (fine, coarse) = config.width, sizes.channels
+        self.hide, self.pool, self.norm = Hide(), Pool(), Normalise()
+        self.evidence = nn.Linear(sizes.map_hw[0] * sizes.map_hw[1], width)
+        self.local = nn.Linear(fine, width)
+        self.identity = nn.Parameter(torch.randn(sizes.keypoints, width))
+        self.context = nn.Conv2d(coarse, width, 1)
+        self.places = nn.Parameter(torch.randn(sizes.coarse_hw[0] * sizes.coarse_hw[1], width))
+        self.token_sum, self.identity_sum, self.place_sum = Sum(), Sum(), Sum()
+        self.layers = nn.ModuleList(GatedAttentionUnit(width) for _ in range(config.layers))
+        self.output_shapes = tuple(sizes.outputs)
+        self.corrections = nn.ModuleList(nn.Linear(width, _product(shape)) for shape in sizes.outputs)
+        self.correction_sums = nn.ModuleList(Sum() for _ in sizes.outputs)
+        self.visibility, self.log_error = nn.Linear(width, 1), nn.Linear(width, 1)
+        self.start_silent()
+
+    @torch.no_grad()
+    def start_silent(self) -> None:
+        """Begin as the network without the block: no corrections, an even chance, one expected error for all."""
+        for layer in (*self.corrections, self.visibility, self.log_error):
+            assert isinstance(layer, nn.Linear)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.log_error.bias, math.log(_EXPECTED_PX))
+
+    def forward(self, features: tuple[Tensor, Tensor], maps: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the block.
+
+        Args:
+            features: The map (N, C, h, w) that the head reads, and the backbone's coarsest.
+            maps: (N, K, h, w), the head's map of every keypoint.
+            outputs: The head's outputs, (N, K, …) each.
+
+        Returns:
+            The outputs, corrected; logits (N, K) of the keypoint being seen; ln of the expected error (N, K) in pixels.
+        """
+        flat, outputs = self.hide(maps.flatten(2), outputs)
+        tokens = self.token_sum(self.evidence(flat), self.local(self.pool(flat, features[0])))
+        tokens = self.identity_sum(tokens, self.identity)
+        context = self.norm(self.place_sum(self.context(features[1]).flatten(2).transpose(1, 2), self.places))
+        for layer in self.layers:
+            tokens = layer(tokens, context)
+        tokens = self.norm(tokens)
+        corrected = [
+            total(output, layer(tokens).unflatten(2, shape))
+            for total, layer, output, shape in zip(
+                self.correction_sums, self.corrections, outputs, self.output_shapes, strict=True
+            )
+        ]
+        return *corrected, self.visibility(tokens).flatten(1), self.log_error(tokens).flatten(1)
+
+
+def _product(shape: Sequence[int]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size

@@ -1,0 +1,91 @@
+"""What training minimises: the keypoint loss of every stage, visibility, expected errors, and distance to a teacher.
+
+Invariant: each term is there only where the network says something about it; a network of keypoints alone is trained
+on its keypoint loss alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's universal name
+from torch import Tensor, nn
+
+from edgepose.blocks.heads import Stage
+from edgepose.blocks.losses import distillation_loss, joint_weights, make_loss
+from edgepose.blocks.orn_losses import distance_px, error_loss, visibility_loss
+from edgepose.pose.codec import output_names
+from edgepose.spec import ModelSpec
+from edgepose.training.batches import Batch
+from edgepose.training.config import TrainConfig
+
+Outputs = Sequence[Tensor]
+
+
+class Objective(nn.Module):
+    """The loss of one batch; its parameters are those of the keypoint loss and are trained with the network's.
+
+    Args:
+        spec: Says which outputs mean what.
+        config: Weights of the terms.
+    """
+
+    def __init__(self, spec: ModelSpec, config: TrainConfig) -> None:
+        super().__init__()
+        self.spec, self.config = spec, config
+        self.keypoint_loss = make_loss(spec, config.loss, seed=config.seed)
+        names = [output.name for output in spec.outputs]
+        self._located = [names.index(name) for name in output_names(spec.decoder)]
+        self._visibility = names.index(spec.visibility) if spec.visibility else None
+        self._log_error = names.index(spec.uncertainty) if spec.uncertainty else None
+
+    def forward(self, stages: Sequence[Stage], batch: Batch, taught: Outputs | None = None) -> Tensor:
+        """The loss.
+
+        Args:
+            stages: What the network says, after what its earlier stages say.
+            batch: Labels.
+            taught: A teacher's outputs, in the same order; it may lack the last ones.
+        """
+        *earlier, last = stages
+        outputs, located = last.outputs, [last.outputs[i] for i in self._located]
+        weights = joint_weights(batch.weights, batch.visible, batch.known, self.config.loss)
+        loss: Tensor = self.keypoint_loss(located, batch.targets, weights, maps=last.maps)
+        for stage in earlier:
+            said = self.keypoint_loss(stage.outputs, batch.targets, weights, maps=stage.maps)
+            loss = loss + self.config.stage_weight * said
+        share = self.config.distill_weight
+        if taught is None or share <= 0:
+            return loss + self._told_by_labels(outputs, located, batch)
+        taught_located = [taught[i] for i in self._located]
+        loss = (1 - share) * loss + share * distillation_loss(located, taught_located, self.spec.decoder)
+        return loss + self._told_by_teacher(outputs, taught)
+
+    def _told_by_labels(self, outputs: Outputs, located: Outputs, batch: Batch) -> Tensor | float:
+        """What the network says of itself, against the labels."""
+        loss: Tensor | float = 0.0
+        if self._visibility is not None:
+            said = visibility_loss(outputs[self._visibility], batch.visible, batch.known)
+            loss = loss + self.config.visibility_weight * said
+        if self._log_error is not None:
+            error_px = distance_px(located, self.spec.decoder, batch.keypoints)
+            said = error_loss(outputs[self._log_error], error_px, batch.weights)
+            loss = loss + self.config.uncertainty_weight * said
+        return loss
+
+    def _told_by_teacher(self, outputs: Outputs, taught: Outputs) -> Tensor | float:
+        """What the network says of itself, against the teacher.
+
+        Not against labels: fine-tuning often runs without occlusion, where nearly all is visible, and would undo the
+        calibration that the teacher has.
+        """
+        loss: Tensor | float = 0.0
+        if self._visibility is not None and self._visibility < len(taught):
+            probabilities = taught[self._visibility].float().sigmoid()
+            said = visibility_loss(outputs[self._visibility], probabilities, torch.ones_like(probabilities))
+            loss = loss + self.config.visibility_weight * said
+        if self._log_error is not None and self._log_error < len(taught):
+            said = F.l1_loss(outputs[self._log_error].float(), taught[self._log_error].float())
+            loss = loss + self.config.uncertainty_weight * said
+        return loss
