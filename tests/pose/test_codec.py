@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgepose.errors import SpecError
-from edgepose.pose.codec import decode, encode_heatmap, encode_simcc
-from edgepose.spec import Heatmap, SimCC
+from edgepose.pose.codec import decode, encode_heatmap, encode_regression, encode_simcc, output_names
+from edgepose.spec import Decoder, Heatmap, Regression, SimCC
 
 quick = settings(max_examples=40, deadline=None)
 HW = (96, 64)  # height and width differ, so that a swapped axis shows
 DARK = Heatmap(stride=4.0)
 TWO_BINS = SimCC(split_ratio=2.0)
+MEAN = Heatmap(stride=4.0, refine="softargmax")
+SHARES = Regression(input_hw=HW)
+PRECISE = (TWO_BINS, DARK, MEAN, SHARES)  # every decoder that promises a quarter of a pixel
 
 
 def simcc_outputs(points: np.ndarray, sigma_px: float, decoder: SimCC = TWO_BINS) -> dict[str, np.ndarray]:
@@ -32,26 +35,101 @@ def points_between(low: float, high_x: float, high_y: float) -> st.SearchStrateg
 anywhere = points_between(0, HW[1] - 1, HW[0] - 1)
 
 
+def outputs_for(points: np.ndarray, decoder: Decoder, sigma_px: float = 3.0) -> dict[str, np.ndarray]:
+    """The outputs of a network that has learnt the labels by heart."""
+    match decoder:
+        case SimCC():
+            return simcc_outputs(points, sigma_px, decoder)
+        case Heatmap():
+            return {decoder.output: encode_heatmap(points, HW, decoder, sigma_px)}
+        case Regression():
+            scales = np.full(points.shape, 0.02, np.float32)
+            return {decoder.keypoints: encode_regression(points, decoder), decoder.scales: scales}
+
+
+def decoded(points: np.ndarray, decoder: Decoder, sigma_px: float = 3.0) -> np.ndarray:
+    return decode(outputs_for(points, decoder, sigma_px), decoder)[0]
+
+
 @quick
 @given(anywhere, st.sampled_from([1.0, 2.0, 3.0, 5.0]))
-def test_simcc_round_trip_is_within_a_quarter_pixel(points: np.ndarray, sigma_px: float) -> None:
+def test_simcc_round_trip_is_exact_up_to_the_border(points: np.ndarray, sigma_px: float) -> None:
     found, scores = decode(simcc_outputs(points, sigma_px), SimCC())
     assert found.shape == points.shape
     assert found.dtype == scores.dtype == np.float32
-    assert np.abs(found - points).max() <= 0.2501
+    assert np.abs(found - points).max() <= 0.02
 
 
 @quick
-@given(points_between(2, HW[1] - 3, HW[0] - 3))
-def test_simcc_inside_the_crop_is_far_better_than_its_bins(points: np.ndarray) -> None:
-    assert np.abs(decode(simcc_outputs(points, 3.0), SimCC())[0] - points).max() < 0.02
+@given(anywhere, st.sampled_from([3.0, 4.0, 5.0]), st.sampled_from([DARK, MEAN]))
+def test_heatmap_round_trip_is_within_a_quarter_pixel_up_to_the_border(
+    points: np.ndarray, sigma_px: float, decoder: Heatmap
+) -> None:
+    assert np.abs(decoded(points, decoder, sigma_px) - points).max() <= 0.25
 
 
 @quick
-@given(points_between(4, HW[1] - 5, HW[0] - 5), st.sampled_from([2.0, 2.5, 3.0]))
-def test_heatmap_round_trip_is_within_a_quarter_pixel(points: np.ndarray, sigma_px: float) -> None:
-    found, _ = decode({"heatmap": encode_heatmap(points, HW, DARK, sigma_px)}, DARK)
-    assert np.abs(found - points).max() <= 0.25
+@given(points_between(6, HW[1] - 7, HW[0] - 7), st.sampled_from([2.0, 2.5]), st.sampled_from([DARK, MEAN]))
+def test_heatmap_narrower_than_its_cells_is_still_within_a_quarter_pixel_inside(
+    points: np.ndarray, sigma_px: float, decoder: Heatmap
+) -> None:
+    assert np.abs(decoded(points, decoder, sigma_px) - points).max() <= 0.25
+
+
+@quick
+@given(points_between(-20, HW[1] + 20, HW[0] + 20))
+def test_regression_round_trip_is_exact_even_outside_the_crop(points: np.ndarray) -> None:
+    assert np.abs(decoded(points, SHARES) - points).max() < 1e-4
+
+
+def test_regression_shares_are_measured_between_the_outer_edges() -> None:
+    outputs = {"keypoints": np.array([[[0.0, 0.0], [1.0, 1.0], [0.5, 0.5]]]), "scales": np.full((1, 3, 2), 0.01)}
+    assert decode(outputs, SHARES)[0].tolist() == [[[-0.5, -0.5], [63.5, 95.5], [31.5, 47.5]]]
+    assert encode_regression(np.array([[[0.0, 0.0]]]), SHARES).tolist() == [[[0.5 / 64, pytest.approx(0.5 / 96)]]]
+
+
+def test_regression_is_as_sure_as_its_scales_are_small() -> None:
+    # Scales of 3 pixels on both axes: a Laplacian has 1 - 1/e of its mass within one scale.
+    scales = np.array([[[3 / 64, 3 / 96], [0.0, 0.0], [1.0, 1.0]]])
+    scores = decode({"keypoints": np.zeros((1, 3, 2)), "scales": scales}, SHARES)[1]
+    assert scores[0] == pytest.approx([1 - np.exp(-1), 1.0, np.sqrt((1 - np.exp(-3 / 64)) * (1 - np.exp(-3 / 96)))])
+
+
+@pytest.mark.parametrize("decoder", PRECISE, ids=lambda d: getattr(d, "refine", type(d).__name__))
+def test_there_is_no_bias_over_all_places_and_phases(decoder: Decoder) -> None:
+    rng = np.random.default_rng(0)
+    points = (rng.uniform(size=(1, 2000, 2)) * (HW[1] - 1, HW[0] - 1)).astype(np.float32)
+    error = decoded(points, decoder) - points
+    assert np.abs(error.mean((0, 1))).max() < 0.005
+    phase = (points % 4).astype(int)  # and none within a heat map's cell either
+    for axis in (0, 1):
+        for part in range(4):
+            assert np.abs(error[..., axis][phase[..., axis] == part].mean()) < 0.02
+
+
+@quick
+@given(points_between(0, HW[1] - 17, HW[0] - 17), st.integers(0, 4), st.integers(0, 4), st.sampled_from(PRECISE))
+def test_shifting_the_labels_by_whole_cells_shifts_the_answer_by_as_much(
+    points: np.ndarray, right: int, down: int, decoder: Decoder
+) -> None:
+    shift = np.array([4 * right, 4 * down], np.float32)
+    assert np.abs(decoded(points + shift, decoder) - decoded(points, decoder) - shift).max() < 0.02
+
+
+@quick
+@given(anywhere, st.floats(-3, 3), st.floats(-3, 3), st.sampled_from(PRECISE))
+def test_shifting_the_labels_a_little_shifts_the_answer_as_little(
+    points: np.ndarray, right: float, down: float, decoder: Decoder
+) -> None:
+    moved = np.clip(points + np.array([right, down], np.float32), 0, (HW[1] - 1, HW[0] - 1)).astype(np.float32)
+    assert np.abs((decoded(moved, decoder) - decoded(points, decoder)) - (moved - points)).max() < 0.05
+
+
+@quick
+@given(anywhere, st.sampled_from(PRECISE))
+def test_mirroring_the_labels_mirrors_the_answer_about_the_pixel_centres(points: np.ndarray, decoder: Decoder) -> None:
+    last = np.array([HW[1] - 1, HW[0] - 1], np.float32)
+    assert np.abs(decoded(points, decoder) + decoded(last - points, decoder) - last).max() < 0.02
 
 
 def _sweep() -> np.ndarray:
@@ -72,7 +150,7 @@ def test_simcc_labels_and_answers_mirror_about_the_pixel_centres() -> None:
     assert np.abs((found - points).mean((0, 1))).max() < 1e-3
 
 
-@pytest.mark.parametrize("refine", ["none", "quarter", "dark"])
+@pytest.mark.parametrize("refine", ["none", "quarter", "dark", "softargmax"])
 def test_heatmap_labels_and_answers_mirror_about_the_pixel_centres(refine: str) -> None:
     decoder = Heatmap(stride=4.0, refine=refine)  # type: ignore[arg-type]
     points = _sweep()
@@ -101,10 +179,34 @@ def test_quarter_refinement_moves_a_quarter_cell_towards_the_higher_neighbour() 
 @pytest.mark.parametrize("point", [(0, 0), (63, 95), (0, 50), (30, 95), (0.4, 94.6)])
 def test_peaks_at_borders_stay_at_borders(point: tuple[float, float]) -> None:
     points = np.array([[point]], np.float32)
-    assert np.abs(decode(simcc_outputs(points, 3.0), SimCC())[0] - points).max() <= 0.2501
-    # A border cell has no neighbour to refine it by: half a cell.
-    found, _ = decode({"heatmap": encode_heatmap(points, HW, DARK, 3.0)}, DARK)
-    assert np.abs(found - points).max() <= 2.0
+    for decoder in PRECISE:
+        assert np.abs(decoded(points, decoder) - points).max() < 0.05
+
+
+def test_quarter_refinement_beside_a_border_moves_along_it_only() -> None:
+    maps = np.zeros((1, 1, 24, 16), np.float32)
+    maps[0, 0, 0, 7] = 1
+    maps[0, 0, 1, 7] = maps[0, 0, 0, 8] = 0.5
+    assert decode({"heatmap": maps}, Heatmap(stride=4.0, refine="quarter"))[0].tolist() == [[[30.5, 1.5]]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_maps_too_small_to_refine_give_the_centre_of_the_cell(size: int) -> None:
+    maps = np.zeros((1, 1, size, size), np.float32)
+    maps[0, 0, -1, -1] = 1
+    for decoder in (DARK, MEAN):
+        assert decode({"heatmap": maps}, decoder)[0].tolist() == [[[4 * size - 2.5] * 2]]
+
+
+def test_a_noisy_border_moves_a_peak_by_less_than_its_cell() -> None:
+    rng = np.random.default_rng(0)
+    points = np.stack([rng.uniform(0, 1, 200), rng.uniform(10, 80, 200)], -1)[None].astype(np.float32)
+    maps = encode_heatmap(points, HW, DARK, 4.0)
+    noisy = maps + rng.normal(0, 0.03, maps.shape).astype(np.float32)
+    for decoder in (DARK, MEAN):
+        error = decode({"heatmap": noisy}, decoder)[0] - points
+        assert np.abs(error).mean() < 0.6
+        assert np.abs(error).max() < 4
 
 
 @pytest.mark.parametrize("beyond", [(-30.0, 40.0), (500.0, 40.0), (20.0, -1e5)])
@@ -139,7 +241,7 @@ def test_any_logits_give_keypoints_in_the_crop_and_scores_up_to_one(x: np.ndarra
 
 
 @quick
-@given(heat, st.sampled_from(["none", "quarter", "dark"]))
+@given(heat, st.sampled_from(["none", "quarter", "dark", "softargmax"]))
 def test_any_heat_maps_give_keypoints_in_the_crop_and_scores_up_to_one(maps: np.ndarray, refine: str) -> None:
     keypoints, scores = decode({"heatmap": maps}, Heatmap(stride=4.0, refine=refine))  # type: ignore[arg-type]
     assert ((keypoints >= 0) & (keypoints <= (15, 23))).all()
@@ -198,7 +300,8 @@ def test_outputs_are_not_changed() -> None:
 
 def test_nobody_is_a_batch_of_none() -> None:
     empty = {"simcc_x": np.empty((0, 3, 128)), "simcc_y": np.empty((0, 3, 192)), "heatmap": np.empty((0, 3, 24, 16))}
-    for decoder in (SimCC(), DARK):
+    empty |= {"keypoints": np.empty((0, 3, 2)), "scales": np.empty((0, 3, 2))}
+    for decoder in (SimCC(), DARK, MEAN, SHARES):
         keypoints, scores = decode(empty, decoder)
         assert keypoints.shape == (0, 3, 2)
         assert scores.shape == (0, 3)
@@ -210,10 +313,11 @@ def test_nobody_is_a_batch_of_none() -> None:
         (SimCC(), {"simcc_x": np.zeros((1, 2, 8))}, "simcc_y"),
         (SimCC(x="a"), {"simcc_x": np.zeros((1, 2, 8)), "simcc_y": np.zeros((1, 2, 8))}, "'a'"),
         (Heatmap(), {"maps": np.zeros((1, 2, 8, 8))}, "'heatmap'"),
+        (SHARES, {"keypoints": np.zeros((1, 2, 2))}, "'scales'"),
     ],
 )
 def test_a_missing_output_is_named_with_those_there_are(
-    decoder: SimCC | Heatmap, outputs: dict[str, np.ndarray], named: str
+    decoder: Decoder, outputs: dict[str, np.ndarray], named: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
         decode(outputs, decoder)
@@ -227,3 +331,14 @@ def test_outputs_of_another_kind_are_refused() -> None:
         decode({"simcc_x": maps, "simcc_y": maps}, SimCC())
     with pytest.raises(SpecError, match=r"heatmap.*\(2, 8, 8\).*\(N, K, h, w\)"):
         decode({"heatmap": maps[0]}, Heatmap())
+    with pytest.raises(SpecError, match=r"scales.*\(1, 2, 1\).*\(N, K, 2\)"):
+        decode({"keypoints": np.zeros((1, 2, 2)), "scales": np.zeros((1, 2, 1))}, SHARES)
+
+
+def test_names_of_the_outputs_are_those_that_decoding_reads() -> None:
+    for decoder in (SimCC(x="a", y="b"), Heatmap(output="c"), Regression(HW, keypoints="d", scales="e")):
+        outputs = outputs_for(np.full((1, 2, 2), 20.0, np.float32), decoder)
+        assert tuple(outputs) == output_names(decoder)
+        for name in outputs:
+            with pytest.raises(SpecError, match=repr(name)):
+                decode({other: value for other, value in outputs.items() if other != name}, decoder)
