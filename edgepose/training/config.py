@@ -24,6 +24,7 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         learning_rate: Peak of the one-cycle schedule.
         weight_decay: On convolution and linear weights only.
         warmup: Share of the steps spent rising to the peak.
+        final_rate: Learning rate at the end as a share of the peak; far above 0 where another run goes on from this.
         sigma_px: Standard deviation of the label Gaussians, input pixels; for heat maps at least 0.75 cells.
         averaging: Decay of the exponential moving average of the weights, per step.
         distill_weight: Share of the loss that comes from the teacher, 0..1.
@@ -57,3 +58,4 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uncertainty_weight: float = 0.1
     masking: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.0
     rendered: Share = 0.0
+    final_rate: Share = 0.002

@@ -346,7 +346,7 @@ def _one_cycle(progress: float, config: TrainConfig) -> float:
     if progress < config.warmup:
         return config.learning_rate * (0.05 + 0.95 * progress / config.warmup)
     share = (progress - config.warmup) / (1 - config.warmup)
-    return config.learning_rate * (0.002 + 0.998 * 0.5 * (1 + math.cos(math.pi * share)))
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 @contextmanager

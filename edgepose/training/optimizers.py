@@ -12,6 +12,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
+from edgepose.blocks.orn import GatedAttentionUnit
 from edgepose.training.config import TrainConfig
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -19,7 +20,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _MOMENTUM = 0.95
 _ADAMW_SIZE = 0.2  # root mean square of an AdamW step per unit of learning rate (Liu et al., 2025)
-_LEAST_SIDE = 16  # matrices with fewer rows or columns have next to no spectrum to even out
+_LEAST_SIDE = 16  # with fewer channels on one side there is next to no spectrum to even out
 
 
 class Muon(torch.optim.Optimizer):
@@ -92,11 +93,16 @@ def make_optimizers(model: nn.Module, loss: nn.Module, config: TrainConfig) -> t
 
 
 def _orthogonal(model: nn.Module) -> list[nn.Parameter]:
-    """Weights that mix channels; not what names a keypoint or a place, nor depthwise kernels, nor thin layers."""
+    """Hidden weights that mix many channels with many.
+
+    Not the first layer, not depthwise kernels, not layers that give outputs or read whole maps, which AdamW serves
+    better (Jordan et al.): of linear layers only those of attention are hidden.
+    """
     found: dict[int, nn.Parameter] = {}
+    attention = {part for unit in model.modules() if isinstance(unit, GatedAttentionUnit) for part in unit.children()}
     for part in model.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)) and getattr(part, "groups", 1) == 1:
-            weight = cast(nn.Parameter, part.weight)
-            if weight.requires_grad and min(len(weight), weight[0].numel()) >= _LEAST_SIDE:
+        if (isinstance(part, nn.Conv2d) and part.groups == 1) or (isinstance(part, nn.Linear) and part in attention):
+            weight = cast("nn.Parameter", part.weight)
+            if weight.requires_grad and min(weight.shape[:2]) >= _LEAST_SIDE:
                 found[id(weight)] = weight
     return list(found.values())

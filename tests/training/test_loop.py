@@ -372,3 +372,4 @@ def test_the_rate_rises_to_its_peak_and_falls_to_almost_nothing() -> None:
     assert (np.diff(rates[:11]) > 0).all()
     assert (np.diff(rates[10:]) < 0).all()
     assert _one_cycle(0.0, msgspec.structs.replace(config, warmup=0.0)) == pytest.approx(2.0)
+    assert _one_cycle(1.0, msgspec.structs.replace(config, final_rate=0.5)) == pytest.approx(1.0)
