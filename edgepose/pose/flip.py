@@ -53,8 +53,7 @@ def unmirror(outputs: Mapping[str, NDArray[Any]], spec: ModelSpec) -> dict[str, 
         spec: The network's decoder, input size, keypoints and names of outputs.
 
     Returns:
-        float32 arrays of the same shapes. A bin or column whose mirror image is outside the mirrored answer takes its
-        nearest value.
+        float32 arrays of the same shapes. A bin whose mirror image lies outside the mirrored answer is extrapolated.
 
     Raises:
         SpecError: An output is missing or misshapen, or the flip pairs are.
@@ -112,13 +111,21 @@ def _reflected(values: Floats, last: float) -> Floats:
     """Position i of the last axis gets the value at last - i.
 
     Between two positions the value is interpolated linearly, which lifts a parabola by a constant and so leaves the
-    place of its peak as it is.
+    place of its peak as it is. Before the first position the parabola through the first three goes on, downwards only:
+    there are no labels out there.
     """
-    source = np.clip(last - np.arange(values.shape[-1]), 0, values.shape[-1] - 1)
-    low = np.floor(source).astype(np.intp)
-    share = (source - low).astype(np.float32)
-    if not share.any():
-        return values[..., low]
-    high = np.minimum(low + 1, values.shape[-1] - 1)
-    mixed: Floats = values[..., low] * (1 - share) + values[..., high] * share
-    return mixed
+    source = last - np.arange(values.shape[-1])
+    inside = np.clip(source, 0, values.shape[-1] - 1)
+    low = np.floor(inside).astype(np.intp)
+    share = (inside - low).astype(np.float32)
+    reflected = values[..., low]
+    if share.any():
+        high = np.minimum(low + 1, values.shape[-1] - 1)
+        reflected = reflected * (1 - share) + values[..., high] * share
+    before = source < 0
+    if before.any() and values.shape[-1] > 2:
+        steps = -source[before].astype(np.float32)
+        a, b, c = (values[..., i, None] for i in range(3))
+        beyond = a + steps * (a - b) + steps * (steps + 1) / 2 * (a - 2 * b + c)
+        reflected[..., before] = np.clip(beyond, values.min(-1, keepdims=True), a)
+    return reflected
