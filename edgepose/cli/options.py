@@ -25,6 +25,10 @@ ThreadsFlag = Annotated[
     int | None,
     typer.Option("--threads", min=0, help="Threads of one inference, 0 for all physical cores. Default: the engine's."),
 ]
+FlipTestFlag = Annotated[
+    bool,
+    typer.Option("--flip-test", help="Show each crop mirrored as well and average the answers: twice the work."),
+]
 DataFlag = Annotated[Path | None, typer.Option("--data", help="Folder with SPLIT.json and images/.")]
 SplitFlag = Annotated[str, typer.Option("--split", help="Which annotation file of --data: SPLIT.json.")]
 AnnotationsFlag = Annotated[

@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from edgepose.cli.boxes import BoxFile, read_boxes
 from edgepose.cli.console import STDOUT, note, say, steps, write_json
 from edgepose.cli.options import (
     BackendFlag,
+    FlipTestFlag,
     JsonFlag,
     PrecisionFlag,
     ThreadsFlag,
@@ -24,13 +26,16 @@ from edgepose.cli.options import (
 from edgepose.cli.pictures import Shot, Source, check_output_suffix, open_source, picture_sink, shots
 from edgepose.errors import AnnotationError, ImageError
 from edgepose.estimator import EstimatorInfo, PoseEstimator
+from edgepose.pose import nms
 from edgepose.pose.draw import draw
-from edgepose.spec import Poses
+from edgepose.pose.metrics import oks_sigmas
+from edgepose.profiler.accuracy import AREA_OF_BOX
+from edgepose.spec import Keypoints, Poses
 
 EXAMPLES = (
     "edgepose run kpe-s.bundle photo.jpg --out drawn.jpg",
     "edgepose run kpe-s.bundle photo.jpg --boxes boxes.json --json poses.json",
-    "edgepose run kpe-s.bundle photos --boxes annotations.json --out drawn",
+    "edgepose run kpe-s.bundle photos --boxes annotations.json --flip-test --oks-nms 0.9 --out drawn",
     "edgepose run kpe-s.bundle match.mp4 --backend openvino --threads 4 --out drawn.mp4",
 )
 
@@ -55,9 +60,16 @@ def run(
     backend: BackendFlag = None,
     precision: PrecisionFlag = None,
     threads: ThreadsFlag = None,
+    flip_test: FlipTestFlag = False,
     min_score: Annotated[
         float, typer.Option("--min-score", min=0.0, max=1.0, help="Joints below it are drawn hollow.")
     ] = 0.3,
+    oks_nms: Annotated[
+        float | None,
+        typer.Option(
+            "--oks-nms", min=0.0, max=1.0, help="Where poses are more alike than this (OKS), keep the most confident."
+        ),
+    ] = None,
     convert: Annotated[
         bool, typer.Option("--convert", help="Take grey photographs and such with an alpha channel.")
     ] = False,
@@ -68,7 +80,8 @@ def run(
 ) -> int:
     """Find the poses of the people in SOURCE.
 
-    Prints a line per photograph; --out draws, --json writes keypoints [x, y] and scores in pixels of the source.
+    Prints a line per photograph; --out draws, --json writes keypoints [x, y] in pixels of the source, scores and, where
+    the network says them, each joint's visibility 0..1 and expected error in pixels.
     """
     check_outputs([out, json], [path for path in (source, bundle, boxes) if path is not None])
     chosen = checked_backend(backend), threads, checked_precision(precision)
@@ -77,13 +90,15 @@ def run(
         check_output_suffix(out, opened.kind)
     people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
     rows: list[dict[str, Any]] = []
-    with PoseEstimator.from_bundle(bundle, *chosen) as estimator:
+    with PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test) as estimator:
         info = estimator.info()
         keypoints = estimator.spec.keypoints
         with steps() as progress:
             with picture_sink(out, opened, replace=force) as sink:
                 for shot in shots(opened, convert=convert, allow_short=allow_short):
                     poses = _poses(estimator, shot, people)
+                    if oks_nms is not None:
+                        poses = _without_duplicates(poses, keypoints, oks_nms)
                     sink(shot, draw(shot.frame, poses, keypoints, min_score=min_score))
                     rows.append(_row(shot, poses))
                     if len(rows) < opened.total:
@@ -105,7 +120,8 @@ def _say_how(info: EstimatorInfo, people: BoxFile | None) -> None:
     """After the work, so that a failure is the one line that is said."""
     precision = f" {info.engine.precision}" if info.engine else ""
     threads = f"threads: {info.threads}" if info.threads else "all physical cores"
-    note(f"{info.name} on {info.backend}{precision}, {threads}")
+    flipped = ", flip test" if info.flip_test else ""
+    note(f"{info.name} on {info.backend}{precision}, {threads}{flipped}")
     if people is None:
         note("no --boxes given: took each whole frame as one person")
 
@@ -121,11 +137,31 @@ def _poses(estimator: PoseEstimator, shot: Shot, people: BoxFile | None) -> Pose
         raise
 
 
+def _without_duplicates(poses: Poses, keypoints: Keypoints, threshold: float) -> Poses:
+    """The poses that stay of those that are of one person, in the order of their boxes."""
+    sides = (poses.boxes[:, 2:] - poses.boxes[:, :2]).astype(np.float64)
+    areas_px2, sigmas = AREA_OF_BOX * sides.prod(axis=1), oks_sigmas(keypoints)
+    kept = np.sort(nms.oks_nms(poses.keypoints, poses.scores.mean(1), areas_px2, sigmas, threshold=threshold))
+    return Poses(
+        poses.keypoints[kept],
+        poses.scores[kept],
+        poses.boxes[kept],
+        poses.backend,
+        None if poses.visibility is None else poses.visibility[kept],
+        None if poses.errors_px is None else poses.errors_px[kept],
+    )
+
+
 def _row(shot: Shot, poses: Poses) -> dict[str, Any]:
-    people = [
-        {"keypoints": points, "scores": scores, "box": box}
-        for points, scores, box in zip(poses.keypoints, poses.scores, poses.boxes, strict=True)
-    ]
+    columns = {
+        "keypoints": poses.keypoints,
+        "scores": poses.scores,
+        "visibility": poses.visibility,
+        "errors_px": poses.errors_px,
+        "box": poses.boxes,
+    }
+    said = {name: values for name, values in columns.items() if values is not None}
+    people = [dict(zip(said, person, strict=True)) for person in zip(*said.values(), strict=True)]
     number = {} if shot.number is None else {"frame": shot.number}
     return {"file_name": shot.name, **number, "poses": people}
 

@@ -48,7 +48,12 @@ def find_subject(text: str) -> Subject:
 
 @contextmanager
 def opened(
-    subject: Subject, *, backend: Backend | None, precision: Precision | None, threads: int | None
+    subject: Subject,
+    *,
+    backend: Backend | None,
+    precision: Precision | None,
+    threads: int | None,
+    flip_test: bool = False,
 ) -> Iterator[PoseEstimator]:
     """An estimator that runs the subject: a bundle's engine, or a checkpoint in torch.
 
@@ -59,19 +64,19 @@ def opened(
         IntegrityError: It was changed since it was written.
     """
     if subject.is_bundle:
-        with PoseEstimator.from_bundle(subject.path, backend, threads, precision) as estimator:
+        with PoseEstimator.from_bundle(subject.path, backend, threads, precision, flip_test=flip_test) as estimator:
             yield estimator
         return
     for flag, value in (("--backend", backend), ("--precision", precision)):
         if value is not None:
             fix = "leave it off, or compile the checkpoint and name the bundle"
             raise UsageError(flag, found=f"{value} for a checkpoint, which torch runs", expected="a bundle", fix=fix)
-    with _checkpoint(subject.path, threads) as estimator:
+    with _checkpoint(subject.path, threads, flip_test=flip_test) as estimator:
         yield estimator
 
 
 @contextmanager
-def _checkpoint(path: Path, threads: int | None) -> Iterator[PoseEstimator]:
+def _checkpoint(path: Path, threads: int | None, *, flip_test: bool) -> Iterator[PoseEstimator]:
     from edgepose.blocks.card import read_card
     from edgepose.host import physical_cores
 
@@ -86,5 +91,5 @@ def _checkpoint(path: Path, threads: int | None) -> Iterator[PoseEstimator]:
     torch.set_num_threads(threads or physical_cores())
     network, checkpoint = load_network(path)
     spec = checkpoint.card.spec
-    with PoseEstimator(TorchSession(network, spec), spec, backend="torch") as estimator:
+    with PoseEstimator(TorchSession(network, spec), spec, backend="torch", flip_test=flip_test) as estimator:
         yield estimator
