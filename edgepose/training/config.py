@@ -38,6 +38,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         uncertainty_weight: Weight of the expected errors' loss, where a network says them.
         masking: Expected share of the keypoints whose evidence an occlusion-robust block does not get to see.
         rendered: Share of each batch that comes from a second set of people, where one is given.
+        freeze_epochs: First epochs, during which the network's part named "backbone" stays as it is, the statistics of
+            its normalisations included.
     """
 
     epochs: int
@@ -59,3 +61,4 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     masking: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.0
     rendered: Share = 0.0
     final_rate: Share = 0.002
+    freeze_epochs: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from edgepose.blocks.heads import Stage
 from edgepose.blocks.orn import Hide
 from edgepose.data.coco import PoseDataset
-from edgepose.errors import CheckpointError, EdgeposeError
+from edgepose.errors import CheckpointError, EdgeposeError, UsageError
 from edgepose.pose import metrics
 from edgepose.spec import ModelSpec
 from edgepose.storage import atomic_write
@@ -124,7 +124,7 @@ def fit(
 
     Raises:
         CheckpointError: The state belongs to another run.
-        UsageError: `config.rendered` without such people, or the reverse.
+        UsageError: `config.rendered` without such people, or the reverse; `config.freeze_epochs` without a backbone.
         EdgeposeError: The loss is no longer a number.
         Interrupted: SIGINT or SIGTERM; the state was saved.
     """
@@ -198,6 +198,7 @@ class _Run:
         self.objective = Objective(spec, config)
         self.optimizers = make_optimizers(model, self.objective, config)
         self.state = _State({n: t.detach().clone() for n, t in model.state_dict().items()})
+        self.backbone = _backbone(model) if config.freeze_epochs else None
 
     def step(self, batch: Batch) -> float:
         config, state = self.config, self.state
@@ -233,9 +234,11 @@ class _Run:
 
     def _stages(self, images: Tensor) -> list[Stage]:
         """What the network says, stage by stage; its chance is a function of the step, so that runs can be resumed."""
+        frozen = self.state.step < self.config.freeze_epochs * self.per_epoch
         with (
             torch.random.fork_rng(devices=[]),
             torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16),
+            _frozen(self.backbone if frozen else None),
         ):
             torch.manual_seed(self.config.seed * 1_000_003 + self.state.step)
             stages = getattr(self.model, "stages", None)  # a method; other networks may have parts of that name
@@ -347,6 +350,40 @@ def _one_cycle(progress: float, config: TrainConfig) -> float:
         return config.learning_rate * (0.05 + 0.95 * progress / config.warmup)
     share = (progress - config.warmup) / (1 - config.warmup)
     return config.learning_rate * (config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The part that `freeze_epochs` is about."""
+    found = getattr(model, "backbone", None)
+    if not isinstance(found, nn.Module):
+        raise UsageError(
+            "training: freeze_epochs",
+            found=f"a {type(model).__name__} without a part named backbone",
+            expected="a network of a backbone and a block on top",
+            fix="train all of it, with freeze_epochs 0",
+        )
+    return found
+
+
+@contextmanager
+def _frozen(part: nn.Module | None) -> Iterator[None]:
+    """No gradients for a part of a network, and its normalisations as in evaluation, for the time of a forward pass.
+
+    Optimisers pass over what has no gradient, so weights do not decay either.
+    """
+    if part is None:
+        yield
+        return
+    learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
+    part.eval()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        part.train()
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
