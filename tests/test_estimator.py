@@ -26,8 +26,9 @@ from edgepose.errors import (
     UsageError,
 )
 from edgepose.estimator import MAX_BATCH, PoseEstimator, choose_engine
+from edgepose.pose.preprocess import crop_transforms
 from edgepose.runtime import EXECUTABLE
-from edgepose.spec import Heatmap
+from edgepose.spec import Heatmap, ModelSpec, Regression, TensorSpec
 from tests.fakes import HEIGHT, WIDTH, FakeSession, spot_frame, spot_outputs, spot_spec
 from tests.tiny_network import flip_a_byte, forge, spot_bundle
 
@@ -139,6 +140,147 @@ def test_callers_arrays_are_neither_changed_nor_kept(estimator: PoseEstimator) -
         poses.keypoints[:] = 0
 
 
+# Flip test, visibility, expected errors
+
+
+def candid_spec() -> ModelSpec:
+    """The spot network, which also says visibility and expected errors."""
+    said = (TensorSpec("seen", ("batch", 2)), TensorSpec("log_errors", ("batch", 2)))
+    spec = spot_spec()
+    return msgspec.structs.replace(spec, outputs=spec.outputs + said, visibility="seen", uncertainty="log_errors")
+
+
+def candid_outputs(images: np.ndarray) -> dict[str, np.ndarray]:
+    """Sees blue for sure and red less; is out by 3 and by 6 input pixels, and by twice that on the left half.
+
+    Half: that with more blue, so that the mirrored crop gets another answer.
+    """
+    middle = WIDTH // 2
+    left = images[:, 0, :, :middle].sum((1, 2)) > images[:, 0, :, middle:].sum((1, 2))
+    errors = np.log(np.where(left[:, None], 2.0, 1.0) * [3.0, 6.0])
+    seen = left[:, None] + np.array([4.0, -1.0])
+    return spot_outputs(images) | {"seen": seen.astype(np.float32), "log_errors": errors.astype(np.float32)}
+
+
+def test_what_a_network_does_not_say_is_none(estimator: PoseEstimator) -> None:
+    for boxes in ([BOX], []):
+        poses = estimator(FRAME, boxes)
+        assert poses.visibility is None
+        assert poses.errors_px is None
+
+
+def test_visibility_is_a_probability_and_errors_are_in_pixels_of_the_source() -> None:
+    spec = candid_spec()
+    boxes = np.array([BOX, [0, 0, 320, 240], [50, 40, 130, 160]], float)
+    poses = PoseEstimator(FakeSession(spec, candid_outputs), spec)(FRAME, boxes)
+    assert poses.visibility is not None
+    assert poses.errors_px is not None
+    assert poses.visibility.dtype == poses.errors_px.dtype == np.float32
+    scales = crop_transforms(boxes, spec.preprocess)[:, 0, 0]  # input pixels per source pixel
+    blue_x = (boxes[:, 0] + boxes[:, 2]) / 2 > 100  # blue stands left of the box's centre
+    factor = np.where(blue_x, 2.0, 1.0)
+    np.testing.assert_allclose(poses.errors_px, factor[:, None] * [3.0, 6.0] / scales[:, None], rtol=1e-5)
+    logits = blue_x[:, None] + [4.0, -1.0]
+    np.testing.assert_allclose(poses.visibility, 1 / (1 + np.exp(-logits)), rtol=1e-5)
+    with pytest.raises(ValueError, match="read-only"):
+        poses.errors_px[:] = 0
+
+
+def test_nobody_has_no_visibility_but_arrays_of_it() -> None:
+    spec = candid_spec()
+    poses = PoseEstimator(FakeSession(spec, candid_outputs), spec)(FRAME, [])
+    assert poses.visibility is not None
+    assert poses.errors_px is not None
+    assert poses.visibility.shape == poses.errors_px.shape == (0, 2)
+
+
+def test_extreme_logits_are_certain_and_hopeless_rather_than_overflows() -> None:
+    spec = candid_spec()
+
+    def extreme(images: np.ndarray) -> dict[str, np.ndarray]:
+        rows = np.ones((len(images), 1), np.float32)
+        return spot_outputs(images) | {"seen": rows * [-1e4, 1e4], "log_errors": rows * [-1e4, 1e4]}
+
+    poses = PoseEstimator(FakeSession(spec, extreme), spec)(FRAME)
+    assert poses.visibility is not None
+    assert poses.errors_px is not None
+    assert poses.visibility.tolist() == [[0.0, 1.0]]
+    assert poses.errors_px.tolist() == [[0.0, np.inf]]
+
+
+def test_flip_test_asks_about_the_mirrored_crop_too_and_averages() -> None:
+    spec = candid_spec()
+    session = FakeSession(spec, candid_outputs)
+    box = [50, 40, 160, 160]  # blue left of the centre, so right of it in the mirrored crop
+    once = PoseEstimator(session, spec)(FRAME, [box])
+    poses = PoseEstimator(session, spec, flip_test=True)(FRAME, [box])
+    assert session.batches == [1, 1, 1]
+    np.testing.assert_allclose(poses.keypoints, once.keypoints, atol=0.05)
+    assert poses.errors_px is not None
+    assert poses.visibility is not None
+    scale = crop_transforms(np.array([box], float), spec.preprocess)[0, 0, 0]
+    np.testing.assert_allclose(poses.errors_px, [[3 * 2**0.5 / scale, 6 * 2**0.5 / scale]], rtol=1e-5)
+    np.testing.assert_allclose(poses.visibility, 1 / (1 + np.exp([[-4.5, 0.5]])), rtol=1e-5)
+
+
+def test_flip_test_cancels_a_networks_lean_to_one_side() -> None:
+    def leaning(images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = spot_outputs(images)
+        return outputs | {"simcc_x": np.roll(outputs["simcc_x"], 1, axis=-1)}  # a bin to the right, of either image
+
+    plain = PoseEstimator(FakeSession(spot_spec(), spot_outputs), spot_spec())(FRAME, [BOX]).keypoints
+    leans = PoseEstimator(FakeSession(spot_spec(), leaning), spot_spec())(FRAME, [BOX]).keypoints
+    merged = PoseEstimator(FakeSession(spot_spec(), leaning), spot_spec(), flip_test=True)(FRAME, [BOX]).keypoints
+    assert (leans - plain)[..., 0].min() > 3
+    assert np.abs(merged - plain).max() < 1
+
+
+def test_flip_test_swaps_the_sides() -> None:
+    # The network calls the spot further left in the image "left": in the mirrored crop that is the other one.
+    spec = spot_spec()
+    names = ("left_spot", "right_spot")
+    sided = msgspec.structs.replace(
+        spec, keypoints=msgspec.structs.replace(spec.keypoints, names=names, flip_pairs=((0, 1),))
+    )
+
+    def by_side(images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = spot_outputs(images)
+        order = outputs["simcc_x"].argmax(-1).argsort(-1)[..., None]
+        return {name: np.take_along_axis(values, order, 1) for name, values in outputs.items()}
+
+    plain = PoseEstimator(FakeSession(sided, by_side), sided)(FRAME, [BOX])
+    merged = PoseEstimator(FakeSession(sided, by_side), sided, flip_test=True)(FRAME, [BOX])
+    np.testing.assert_allclose(merged.keypoints, plain.keypoints, atol=0.05)
+    np.testing.assert_allclose(merged.scores, plain.scores, atol=0.01)
+
+
+def test_flip_test_of_a_fixed_batch_and_of_a_crowd() -> None:
+    fixed = FakeSession(spot_spec(), batch=4)
+    poses = PoseEstimator(fixed, spot_spec(), flip_test=True)(FRAME, [BOX] * 6)
+    assert fixed.batches == [4, 4, 4, 4]
+    np.testing.assert_allclose(poses.keypoints, np.broadcast_to(poses.keypoints[:1], (6, 2, 2)), atol=1e-4)
+
+
+def test_flip_test_without_flip_pairs_is_refused_before_anything_runs() -> None:
+    spec = spot_spec()
+    sided = msgspec.structs.replace(
+        spec, keypoints=msgspec.structs.replace(spec.keypoints, names=("left_a", "right_a"))
+    )
+    with pytest.raises(SpecError, match="flip_pairs"):
+        PoseEstimator(FakeSession(sided), sided, flip_test=True)
+    PoseEstimator(FakeSession(sided), sided)
+
+
+@pytest.mark.parametrize("backend", EXECUTABLE)
+def test_flip_test_of_a_bundle(bundle: Bundle, backend: Any) -> None:
+    with PoseEstimator.from_bundle(bundle.root, backend=backend, flip_test=True) as flipping:
+        assert flipping.info().flip_test
+        found = flipping(FRAME, [BOX])
+    with PoseEstimator.from_bundle(bundle.root, backend=backend) as plain:
+        assert not plain.info().flip_test
+        np.testing.assert_allclose(found.keypoints, plain(FRAME, [BOX]).keypoints, atol=0.1)
+
+
 # Bad frames
 
 
@@ -226,6 +368,10 @@ def test_session_of_another_network_is_refused() -> None:
         PoseEstimator(FakeSession(spec), narrow)
     with pytest.raises(SpecError, match=r"outputs \['simcc_x', 'simcc_y'\], expected \['heatmap'\] among them"):
         PoseEstimator(FakeSession(spec), msgspec.structs.replace(spec, decoder=Heatmap()))
+    with pytest.raises(SpecError, match=r"expected \['seen'\] among them"):
+        PoseEstimator(FakeSession(spec), msgspec.structs.replace(spec, visibility="seen"))
+    with pytest.raises(SpecError, match=r"a decoder for inputs of \(48, 48\), expected the network's own, \(48, 32\)"):
+        PoseEstimator(FakeSession(spec), msgspec.structs.replace(spec, decoder=Regression((48, 48))))
     renamed = (msgspec.structs.replace(spec.inputs[0], name="frames"),)
     with pytest.raises(SpecError, match=r"inputs \['images'\], expected \['frames'\]"):
         PoseEstimator(FakeSession(spec), msgspec.structs.replace(spec, inputs=renamed))
