@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's universal name
 from torch import Tensor, nn
 
-from edgepose.blocks.backbones import ResidualBackbone, conv_bn, initialise
+from edgepose.blocks.backbones import build_backbone, conv_bn, initialise
 from edgepose.blocks.config import KPEConfig
 from edgepose.errors import SpecError
 from edgepose.spec import Keypoints
@@ -131,7 +131,7 @@ class KPENet(nn.Module):
         super().__init__()
         self.first = (4, 8, 16, 32).index(config.stride)
         height, width = config.input_hw
-        self.backbone = ResidualBackbone(config.stem, config.widths, config.depths)
+        self.backbone = build_backbone(config)
         simcc = config.head == "simcc"
         self.block = KPEBlock(
             config.widths[self.first :],

@@ -1,6 +1,10 @@
-"""Folding batch normalisation into the convolution or linear layer before it.
+"""Folding what only training needs: parallel branches into one layer, batch normalisation into the layer before it.
 
-Invariant: the folded copy computes the same function in eval mode, up to float rounding; the argument is not changed.
+Invariant: a folded copy computes the same function in eval mode, up to float rounding; the argument is not changed.
+
+Whatever compresses or exports a network calls one of the two functions here first, so that nobody else has to know
+which networks have branches: pruning `fold_branches`, which leaves something to fine-tune, quantisation and export
+`fold_batch_norms`, which does both.
 
 Quantisers are calibrated on the folded network on purpose: a normalisation left behind a quantised convolution keeps
 ONNX Runtime from forming an integer kernel, and weight ranges only make sense for the weights that are really used.
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import fx, nn
@@ -20,8 +25,33 @@ from edgepose.errors import CheckpointError
 _FOLDABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
 
+@runtime_checkable
+class Branched(Protocol):
+    """A block with branches that training needs and one layer can replace."""
+
+    def fold_branches(self) -> nn.Module:
+        """A new module, in the block's training mode, that computes the same in eval mode."""
+
+
+def fold_branches(model: nn.Module) -> nn.Module:
+    """A copy of `model`, in the same training mode, in which every `Branched` block is what it folds to.
+
+    The copy can be fine-tuned: its batch normalisations stay. A network without such blocks is just copied.
+    """
+    folded = copy.deepcopy(model)
+    if isinstance(folded, Branched):
+        return folded.fold_branches()
+    replacements: dict[int, nn.Module] = {}
+    for name, part in reversed(list(folded.named_modules(remove_duplicate=False))):  # inner blocks first
+        if isinstance(part, Branched):
+            if id(part) not in replacements:  # a block that stands in two places stays one
+                replacements[id(part)] = part.fold_branches()
+            folded.set_submodule(name, replacements[id(part)])
+    return folded
+
+
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy of `model`, in eval mode, whose batch normalisations are folded into the layers before them.
+    """A copy of `model`, in eval mode, whose branches and batch normalisations are folded.
 
     A folded normalisation leaves an `nn.Identity` in its place, so module names, and with them the keys of all other
     weights, stay as they were; its layer gains a bias. Normalisations that follow no layer, or a layer that is also
@@ -33,7 +63,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     Raises:
         CheckpointError: torch.fx cannot trace the module.
     """
-    folded = copy.deepcopy(model).eval()
+    folded = fold_branches(model).eval()
     for layer_name, norm_name in foldable_pairs(folded):
         _fold_pair(folded.get_submodule(layer_name), folded.get_submodule(norm_name))
         parent, _, child = norm_name.rpartition(".")

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from edgepose.compress.fold import fold_branches
 from edgepose.compress.layers import Kind, is_depthwise, kind_of, widths
 from edgepose.errors import CheckpointError
 from edgepose.spec import PositiveInt
@@ -116,10 +117,10 @@ class PruningPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def apply_pruning(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    """A copy of `model` without the channels that the plan removes.
+    """A copy of `model` without the channels that the plan removes, its branches folded (`fold_branches`).
 
     Args:
-        model: A network of the planned architecture, trained or fresh; it is not changed.
+        model: A network of the planned architecture, trained or fresh, branches folded or not; it is not changed.
         plan: Which channels stay.
 
     Returns:
@@ -128,6 +129,7 @@ def apply_pruning(model: nn.Module, plan: PruningPlan) -> nn.Module:
     Raises:
         CheckpointError: The network is not of the planned architecture; the layer that differs is named.
     """
+    model = fold_branches(model)
     found = parameter_count(model)
     for layer in plan.layers:
         _check_layer(model, layer)

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from edgepose.compress.channel_groups import ChannelGroup, Side, trace_channel_groups
 from edgepose.compress.channel_search import Budget, choose_kept, macs_per_channel
+from edgepose.compress.fold import fold_branches
 from edgepose.compress.importance import Losses, channel_scores, gate_products
 from edgepose.compress.layers import is_depthwise, kind_of, widths
 from edgepose.compress.macs import count_macs, evaluation_mode
@@ -61,7 +62,7 @@ def plan_pruning(
     """Choose the channels to keep.
 
     Args:
-        model: The trained network; it is not changed.
+        model: The trained network; it is not changed. Branches that fold before export are folded before planning.
         example: (N, 3, h, w) float input of the size the network is used at; its values do not matter.
         config: What to remove.
         losses: For importance "taylor", and called for that only: given a network, yields one training loss per batch.
@@ -76,6 +77,7 @@ def plan_pruning(
     """
     config = _checked(config)
     example = _probe(example)
+    model = fold_branches(model)
     gates = _gates(model, config, losses)
     work = copy.deepcopy(model).eval()
     groups, frozen = _prunable_groups(work, example, config)

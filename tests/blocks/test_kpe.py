@@ -71,9 +71,9 @@ def test_specifications_by_hand() -> None:
 def test_only_operators_that_every_backend_quantises(name: str, head: str) -> None:
     network = build(msgspec.structs.replace(PRESETS[name], head=head), LSP14)
     leaves = {type(part) for part in network.modules() if not list(part.children())}
-    assert leaves <= {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Linear, nn.Identity}
+    assert leaves <= {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Linear, nn.Identity}
     convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
-    assert all(c.groups == 1 for c in convolutions)
+    assert all(c.groups in (1, c.in_channels) for c in convolutions)  # plain or depthwise, none grouped
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
