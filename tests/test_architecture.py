@@ -51,7 +51,9 @@ def run_half() -> list[str]:
     names = []
     for name in map(module_name, module_files()):
         part = name.split(".")[1] if "." in name else ""
-        if part in BUILD_HALF or (part == "data" and name not in ("edgepose.data", "edgepose.data.coco")):
+        if part in BUILD_HALF or (
+            part == "data" and name not in ("edgepose.data", "edgepose.data.coco", "edgepose.data.corrupt")
+        ):
             continue
         names.append(name)
     return names

@@ -16,6 +16,7 @@ from edgepose.cli.options import (
     AnnotationsFlag,
     BackendFlag,
     DataFlag,
+    FlipTestFlag,
     ImagesFlag,
     JsonFlag,
     PrecisionFlag,
@@ -26,6 +27,20 @@ from edgepose.cli.options import (
     checked_precision,
     labelled_people,
 )
+from edgepose.cli.slices import (
+    SHEET,
+    AgainstFlag,
+    DrawsFlag,
+    PeopleFlag,
+    PicturesFlag,
+    RecordsFlag,
+    RenderedFlag,
+    SliceOptions,
+    SlicesFlag,
+    check_slice_options,
+    show_slices,
+    slice_report,
+)
 from edgepose.cli.subject import find_subject, opened
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import MissingDependency, SpecError
@@ -34,6 +49,7 @@ from edgepose.profiler.accuracy import AccuracyRecord, coco_results, coco_truth,
 EXAMPLES = (
     "edgepose eval kpe-s --data lspet --split val",
     "edgepose eval runs/mine.safetensors --data lspet --json mine.json",
+    "edgepose eval orn-s --data lspet --slices --records orn-s.npz --against kpe-s.npz --json orn-s.json",
     "edgepose eval kpe-s.bundle --backend openvino --annotations val.json --images images --predictions results.json",
 )
 
@@ -47,45 +63,68 @@ def eval_(
     backend: BackendFlag = None,
     precision: PrecisionFlag = None,
     threads: ThreadsFlag = None,
+    flip_test: FlipTestFlag = False,
     json: JsonFlag = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="Write the poses as COCO keypoint results to this file.")
     ] = None,
+    slices: SlicesFlag = False,
+    rendered: RenderedFlag = None,
+    people: PeopleFlag = None,
+    draws: DrawsFlag = None,
+    pictures: PicturesFlag = None,
+    records: RecordsFlag = None,
+    against: AgainstFlag = None,
 ) -> int:
     """Measure accuracy on labelled photographs: PCK, AUC, MPJPE and, with faster-coco-eval, OKS-mAP.
 
+    With --slices, PCK and AUC of the same people occluded, cut off, in bad light and through bad cameras instead.
     Checkpoints run in torch, bundles in the first of their engines that this machine can run.
     """
     found = find_subject(subject)
-    sources = [path for path in (annotations, data / f"{split}.json" if data else None) if path is not None]
-    check_outputs([json, predictions], [*sources, found.path])
+    asked = SliceOptions(rendered, people, draws, pictures, records, against)
+    check_slice_options(asked, slices=slices, predictions=predictions)
+    sources = [path for path in (annotations, data / f"{split}.json" if data else None, against) if path is not None]
+    sheet = pictures / SHEET if pictures else None
+    check_outputs([json, predictions, records, sheet], [*sources, found.path])
     chosen, exact = checked_backend(backend), checked_precision(precision)
-    people = labelled_people(data, split, annotations, images)
-    with opened(found, backend=chosen, precision=exact, threads=threads) as estimator, steps() as progress:
-        record = evaluate(estimator, people, progress=progress.step(f"evaluating {subject}"))
+    labelled = labelled_people(data, split, annotations, images)
+    running = opened(found, backend=chosen, precision=exact, threads=threads, flip_test=flip_test)
+    with running as estimator, steps() as progress:
         info = estimator.info()
-    result: dict[str, Any] = {
-        "network": info.name,
-        "subject": subject,
-        "backend": record.backend,
-        "precision": info.engine.precision if info.engine else "fp32",
-        "bundle_digest": info.bundle_digest,
-        "dataset": {"file": people.source.name, "sha256": record.dataset},
+        result: dict[str, Any] = {
+            "network": info.name,
+            "subject": subject,
+            "backend": info.backend,
+            "precision": info.engine.precision if info.engine else "fp32",
+            "bundle_digest": info.bundle_digest,
+            "flip_test": info.flip_test,
+            "dataset": {"file": labelled.source.name, "sha256": labelled.digest},
+        }
+        if slices:
+            result |= slice_report(estimator, labelled, asked, progress)
+        else:
+            record = evaluate(estimator, labelled, progress=progress.step(f"evaluating {subject}"))
+            result |= _figures(record, labelled)
+    if predictions is not None:
+        write_json(predictions, coco_results(record, category_id=_category_id(labelled)))
+    if json is not None:
+        write_json(json, result)
+    (show_slices if slices else _show)(result, err=STDOUT in (json, predictions))
+    for path in (json, predictions, records, sheet):
+        if path not in (None, STDOUT):
+            note(f"wrote {path}")
+    return 0
+
+
+def _figures(record: AccuracyRecord, people: PoseDataset) -> dict[str, Any]:
+    return {
         "persons": len(record),
         "torso_persons": sum(math.isfinite(size) for size in record.torso_px.tolist()),
         "metrics": summary(record, people.keypoints),
         "oks": _oks(record, people),
         "per_joint": per_joint(record, people.keypoints),
     }
-    if predictions is not None:
-        write_json(predictions, coco_results(record, category_id=_category_id(people)))
-    if json is not None:
-        write_json(json, result)
-    _show(result, err=STDOUT in (json, predictions))
-    for path in (json, predictions):
-        if path not in (None, STDOUT):
-            note(f"wrote {path}")
-    return 0
 
 
 def percent(name: str, value: float) -> str:

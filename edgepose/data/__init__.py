@@ -1,4 +1,5 @@
-"""Labelled people: the COCO-keypoints reader, rendered people, augmentation.
+"""Labelled people: the COCO-keypoints reader, rendered people, augmentation and occlusion, corruptions for tests.
 
-Invariant: `coco` needs NumPy and OpenCV only, so that accuracy can be measured on a device without a training library.
+Invariant: `coco` and `corrupt` need NumPy and OpenCV only, so that accuracy can be measured on a device without a
+training library.
 """
