@@ -61,6 +61,28 @@ def test_backend_and_threads_are_the_ones_asked_for(cli: Cli, bundle: Path, phot
     assert "spots on openvino fp32, threads: 2" in outcome.err
 
 
+def test_flip_test_is_done_and_said(cli: Cli, bundle: Path, photo: Path) -> None:
+    plain, flipped = cli("run", bundle, photo, "--json", "-"), cli("run", bundle, photo, "--flip-test", "--json", "-")
+    assert flipped.code == 0
+    assert "flip test" in flipped.err
+    assert "flip test" not in plain.err
+    once, twice = (json.loads(outcome.out)[0]["poses"][0]["keypoints"] for outcome in (plain, flipped))
+    assert np.allclose(once, twice, atol=0.01)  # the spot network has no sides
+
+
+def test_duplicate_poses_go_and_other_people_stay(cli: Cli, bundle: Path, photos: Path, tmp_path: Path) -> None:
+    people = [[0, 0, 320, 240], [2, 1, 318, 239], [4, 0, 320, 238]]  # one person, found three times
+    (tmp_path / "boxes.json").write_text(json.dumps({"0.jpg": people, "1.jpg": people[:1], "2.jpg": []}))
+    flags = ["run", bundle, photos, "--boxes", tmp_path / "boxes.json", "--json", "-"]
+    counts = [len(row["poses"]) for row in json.loads(cli(*flags).out)]
+    assert counts == [3, 1, 0]
+    outcome = cli(*flags, "--oks-nms", "0.3")
+    assert outcome.code == 0
+    assert [len(row["poses"]) for row in json.loads(outcome.out)] == [1, 1, 0]
+    assert [len(row["poses"]) for row in json.loads(cli(*flags, "--oks-nms", "1").out)] == [3, 1, 0]
+    assert cli(*flags, "--oks-nms", "1.5").code == 2
+
+
 def test_min_score_decides_which_joints_are_sure(cli: Cli, bundle: Path, photo: Path) -> None:
     assert "0 of 2 joints above 1" in cli("run", bundle, photo, "--min-score", "1").out
 

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import msgspec
@@ -212,6 +213,18 @@ def test_eval_by_annotations_and_images_gives_the_same(cli: Cli, bundle: Path, p
     second = json.loads(cli("eval", bundle, *flags, "--json", "-").out)
     assert second["backend"] == "openvino"
     assert second["metrics"]["mpjpe_px"] == pytest.approx(first["metrics"]["mpjpe_px"], abs=0.05)
+
+
+def test_eval_with_the_flip_test_says_so(cli: Cli, bundle: Path, checkpoint: Path, people: Path) -> None:
+    def evaluated(*words: object) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(cli("eval", *words, "--data", people, "--json", "-").out)
+        return result
+
+    plain, flipped = evaluated(bundle), evaluated(bundle, "--flip-test")
+    assert (plain["flip_test"], flipped["flip_test"]) == (False, True)
+    # The spot network has no sides; an untrained one has, so that the mean of its two answers is another.
+    assert flipped["metrics"]["mpjpe_px"] == pytest.approx(plain["metrics"]["mpjpe_px"], abs=0.01)
+    assert evaluated(checkpoint, "--flip-test")["metrics"]["mpjpe_px"] != evaluated(checkpoint)["metrics"]["mpjpe_px"]
 
 
 def test_eval_of_a_checkpoint_runs_in_torch(cli: Cli, checkpoint: Path, people: Path) -> None:
