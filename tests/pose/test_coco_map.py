@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import subprocess
 import sys
 from typing import Any
@@ -28,8 +29,13 @@ COCO17 = (
 LSP14 = (*(n for n in COCO17 if n.split("_")[-1] not in {"nose", "eye", "ear"}), "neck", "head_top")
 
 
-def scene(names: tuple[str, ...], seed: int) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:
-    """A few images with several people of all COCO sizes, one crowd, one person without keypoints, false alarms."""
+def scene(
+    names: tuple[str, ...], seed: int, *, ties: bool = False
+) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray]:
+    """A few images with several people of all COCO sizes, one crowd, one person without keypoints, false alarms.
+
+    Under `ties` scores come in three values only, and some guesses twice.
+    """
     rng = np.random.default_rng(seed)
     annotations, results = [], []
     for identity in range(1, 25):
@@ -49,14 +55,15 @@ def scene(names: tuple[str, ...], seed: int) -> tuple[dict[str, Any], list[dict[
                 "keypoints": np.c_[points, visible].ravel().tolist(),
             }
         )
-        for _ in range(rng.integers(0, 3)):
-            guess = points + rng.normal(0, 0.06 * side, points.shape)
+        for copy_of in range(rng.integers(0, 3)):
+            if not (ties and copy_of):
+                guess = points + rng.normal(0, 0.06 * side, points.shape)
             results.append(
                 {
                     "image_id": image,
                     "category_id": 1,
                     "keypoints": np.c_[guess, rng.uniform(0, 1, len(names))].ravel().tolist(),
-                    "score": float(rng.uniform()),
+                    "score": float(rng.choice([0.25, 0.5, 0.75]) if ties else rng.uniform()),
                 }
             )
     document = {
@@ -94,6 +101,62 @@ def test_equals_pycocotools(names: tuple[str, ...], with_box: bool) -> None:
     expected = reference(document, results, sigmas)
     np.testing.assert_allclose(list(found.values()), expected, atol=1e-6)
     assert 0.05 < found["oks_ap"] < 0.95, "the scene must be neither hopeless nor trivial"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_pycocotools_where_scores_and_poses_tie(seed: int) -> None:
+    document, results, sigmas = scene(COCO17, seed, ties=True)
+    assert len({row["score"] for row in results}) <= 3 < len(results)
+    found = oks_map(document, results, sigmas)
+    np.testing.assert_allclose(list(found.values()), reference(document, results, sigmas), atol=1e-6)
+
+
+def test_equals_pycocotools_with_more_poses_than_an_image_may_have() -> None:
+    # COCO looks at the best 20 of an image; which of equal scores those are has to agree too.
+    document, results, sigmas = scene(LSP14, seed=8, ties=True)
+    crowded = [{**row, "image_id": 1} for row in results for _ in range(2)] + results
+    assert sum(row["image_id"] == 1 for row in crowded) > 40
+    found = oks_map(document, crowded, sigmas)
+    np.testing.assert_allclose(list(found.values()), reference(document, crowded, sigmas), atol=1e-6)
+    assert found["oks_ap"] > 0
+
+
+def test_equals_pycocotools_on_real_labels(real_data) -> None:
+    """coco17 has crowds, people without keypoints, occluded and unlabelled joints, and up to a dozen to an image."""
+    document = json.loads((real_data / "coco17" / "train.json").read_text())
+    rng = np.random.default_rng(0)
+    results = []
+    for row in document["annotations"]:
+        triples = np.array(row.get("keypoints", []), float).reshape(-1, 3)
+        if not (triples[:, 2:] > 0).any():
+            continue
+        for spread in rng.choice([0.02, 0.08, 0.3], rng.integers(1, 3)):
+            points = triples[:, :2] + rng.normal(0, spread * row["bbox"][3] + 1e-3, (len(triples), 2))
+            guess = np.c_[points, np.ones(len(points))].ravel().tolist()
+            about = {name: row[name] for name in ("image_id", "category_id")}
+            results.append({**about, "keypoints": guess, "score": round(float(rng.uniform()), 1)})
+    sigmas = metrics.oks_sigmas(Keypoints(names=COCO17))
+    found = oks_map(document, results, sigmas)
+    np.testing.assert_allclose(list(found.values()), reference(document, results, sigmas), atol=1e-6)
+    assert 0.1 < found["oks_ap"] < 0.9
+    assert len({row["image_id"] for row in results}) < len(results)
+
+
+@pytest.mark.parametrize("junk", [0.0, 1e5])
+def test_where_unlabelled_joints_are_said_to_be_changes_nothing(junk: float) -> None:
+    document, results, sigmas = scene(COCO17, seed=2)
+    moved = copy.deepcopy((document, results))
+    hidden = {row["id"]: np.array(row["keypoints"]).reshape(-1, 3)[:, 2] == 0 for row in document["annotations"]}
+    labelled = {
+        identity: mask for identity, mask in hidden.items() if not mask.all()
+    }  # others are matched by their box
+    assert any(mask.any() for mask in labelled.values())
+    for row in moved[0]["annotations"]:
+        triples = np.array(row["keypoints"]).reshape(-1, 3)
+        if row["id"] in labelled:
+            triples[hidden[row["id"]], :2] = junk
+        row["keypoints"] = triples.ravel().tolist()
+    assert oks_map(*moved, sigmas) == oks_map(document, results, sigmas)
 
 
 def test_exact_predictions_score_one_and_arguments_stay_as_they_were() -> None:

@@ -83,6 +83,14 @@ def test_auc_of_exact_predictions_lacks_only_the_threshold_zero() -> None:
     assert figures(truth[..., :2], truth)["auc"] == pytest.approx(0.99)
 
 
+def test_auc_of_one_person_by_hand() -> None:
+    # Torso 50 px, thresholds 0, 0.5, 1 … 25 px. Errors: twelve of 0 px (right from the second threshold on: 49.5 of 50
+    # steps), one of 12.3 px (from 12.5 px, the 25th step, on: 25.5 of 50) and one of 25 px (never below).
+    truth = person()
+    found = figures(moved(truth, {0: 12.3, NECK: 25.0})[None], truth[None])
+    assert found["auc"] == pytest.approx((12 * 49.5 / 50 + 25.5 / 50 + 0.0) / 14)
+
+
 def test_joints_are_pooled_not_averaged_over_persons() -> None:
     # First person: 14 joints, all right. Second: torso joints only, both wrong: 14 of 16, not (1 + 0) / 2.
     second = person()
@@ -202,6 +210,40 @@ def test_fractions_do_not_depend_on_scale_or_place(scale: float, shift: float, s
     for name in metrics.METRICS[:-1]:
         assert after[name] == pytest.approx(before[name], nan_ok=True)
     assert after["mpjpe_px"] == pytest.approx(before["mpjpe_px"] * scale, nan_ok=True, rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e6, np.nan, np.inf]))
+def test_no_figure_looks_at_unlabelled_joints(seed: int, junk: float) -> None:
+    rng = np.random.default_rng(seed)
+    truth = np.concatenate([rng.uniform(0, 100, (4, 14, 2)), rng.integers(0, 3, (4, 14, 1))], axis=2)
+    predicted = truth[..., :2] + rng.normal(0, 10, (4, 14, 2))
+    unlabelled = truth[..., 2] == 0
+    other_truth, other_predicted = truth.copy(), predicted.copy()
+    # COCO writes unlabelled joints as 0, 0; other tools leave anything there. Predictions there are nobody's business.
+    other_truth[unlabelled, :2] = rng.uniform(-1e6, 1e6, (int(unlabelled.sum()), 2))
+    other_predicted[unlabelled] = junk
+    before, after = metrics.measure(predicted, truth, LSP), metrics.measure(other_predicted, other_truth, LSP)
+    np.testing.assert_array_equal(after.errors_px, before.errors_px)
+    for name in (*metrics.METRICS, "pck_extent_0.1"):
+        np.testing.assert_array_equal(metrics.person_sums(name, after), metrics.person_sums(name, before))
+        np.testing.assert_array_equal(metrics.pooled(name, after), metrics.pooled(name, before))
+    area, sigmas = np.full(4, 900.0), np.array(LSP.sigmas)
+    np.testing.assert_array_equal(
+        metrics.oks(after.errors_px, area, sigmas), metrics.oks(before.errors_px, area, sigmas)
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_labelled_joint_always_counts(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = np.concatenate([rng.uniform(0, 100, (3, 14, 2)), rng.integers(0, 3, (3, 14, 1))], axis=2)
+    joints = metrics.measure(truth[..., :2] + 1.0, truth, LSP)
+    _, counted = metrics.joint_values("mpjpe_px", joints)
+    np.testing.assert_array_equal(counted, truth[..., 2] > 0)
+    if counted.any():
+        assert metrics.pooled("mpjpe_px", joints) == pytest.approx(2**0.5)
 
 
 def test_oks_by_hand() -> None:
