@@ -1,4 +1,4 @@
-"""JSON Schemas of recipes, targets and gate rules, so that editors complete and check the YAML files.
+"""JSON Schemas of recipes, targets, gate rules and training settings, which editors check YAML by.
 
 Invariant: the schemas are generated from the structs that decode the files; a test fails while the files differ.
 
@@ -21,8 +21,9 @@ from edgepose.profiles import profiles_root
 from edgepose.recipe import Recipe
 from edgepose.spec import Target
 from edgepose.storage import atomic_write
+from edgepose.training.config import TrainConfig
 
-STRUCTS: dict[str, Any] = {"gate": GateRules, "recipe": Recipe, "target": Target}
+STRUCTS: dict[str, Any] = {"gate": GateRules, "recipe": Recipe, "target": Target, "training": TrainConfig}
 
 
 def schema_texts() -> dict[str, bytes]:

@@ -13,6 +13,7 @@ from edgepose.blocks.config import LossConfig
 from edgepose.data.augment import AugmentConfig
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Weight = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,22 +43,22 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             its normalisations included.
     """
 
-    epochs: int
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    sigma_px: float = 3.0
-    averaging: float = 0.998
-    distill_weight: float = 0.0
-    seed: int = 0
+    epochs: Annotated[int, msgspec.Meta(ge=1)]
+    batch_size: Annotated[int, msgspec.Meta(ge=2)] = 32
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 1.5e-3
+    weight_decay: Weight = 0.05
+    warmup: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.05
+    sigma_px: Annotated[float, msgspec.Meta(gt=0)] = 3.0
+    averaging: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.998
+    distill_weight: Share = 0.0
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     bf16: bool = True
     augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optimizer: Literal["adamw", "muon"] = "adamw"
-    stage_weight: float = 1.0
-    visibility_weight: float = 0.5
-    uncertainty_weight: float = 0.1
+    stage_weight: Weight = 1.0
+    visibility_weight: Weight = 0.5
+    uncertainty_weight: Weight = 0.1
     masking: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.0
     rendered: Share = 0.0
     final_rate: Share = 0.002

@@ -35,6 +35,7 @@ def test_training_writes_a_checkpoint_that_eval_understands(
     (entry,) = card.lineage
     assert (entry.stage, entry.config["epochs"], entry.config["seed"]) == ("train", 2, 3)
     assert set(entry.inputs) == {"train", "dev"}
+    assert entry.report["people"] == {"train": 18, "dev": 2}
     assert len(entry.report["curve"]) == 2
     assert card.metrics["dev"]["mpjpe_px"] > 0
     assert not (tmp_path / "net.state").exists()
@@ -97,7 +98,16 @@ def test_teacher_of_another_shape_is_refused(cli: Cli, command: list[object], pe
     ("flags", "words"),
     [
         (["--model", "kpe-m"], "expected one of kpe-t, kpe-s"),
-        (["--head", "boxes"], "simcc or heatmap"),
+        (["--model", "kpe-tt"], "did you mean 'kpe-t'"),
+        (["--head", "boxes"], "simcc, heatmap, regression"),
+        (["--backbone", "inverse"], "did you mean 'inverted'"),
+        (["--input-size", 100], "a multiple of 32; try 96"),
+        (["--head", "regression", "--refinements", 1], "behind a regression head"),
+        (["--from", "kpe-xl"], "no network of that name"),
+        (["--distill-weight", 0.3], "without a teacher"),
+        (["--rendered", "nowhere"], "a share of 0"),
+        (["--settings", "absent.yaml"], "absent.yaml"),
+        (["--images", 19], "18 photographs to train on, expected at least 19"),
         (["--epochs", 0], "--epochs"),
         (["--distill-from", "kpe-xl"], "no network of that name"),
     ],
@@ -107,6 +117,73 @@ def test_wrong_flags(cli: Cli, command: list[object], tmp_path: Path, flags: lis
     assert outcome.code == 2
     assert words in outcome.line
     assert not list(tmp_path.glob("net*"))
+
+
+def other_out(command: list[object], out: Path) -> list[object]:
+    return [out if str(word).endswith("net") else word for word in command]
+
+
+def test_an_architecture_is_needed(cli: Cli, people: Path, tmp_path: Path) -> None:
+    outcome = cli("train", "--data", people, "--out", tmp_path / "net")
+    assert outcome.code == 2
+    assert "--model, one of kpe-t" in outcome.line
+
+
+def test_weights_are_carried_on_with_their_lineage(cli: Cli, command: list[object], tmp_path: Path) -> None:
+    assert cli(*command, "--epochs", 1).code == 0
+    flags = [word for word in other_out(command, tmp_path / "larger") if word not in ("--model", "tiny")]
+    start = tmp_path / "net.safetensors"
+    outcome = cli(*flags, "--epochs", 2, "--from", start, "--input-size", 64, "--freeze-epochs", 1)
+    assert outcome.code == 0
+    assert "from tiny: " in outcome.err
+    card = read_card(tmp_path / "larger")
+    assert card.architecture.input_hw == (64, 64)
+    assert [entry.stage for entry in card.lineage] == ["train", "transfer", "train"]
+    assert card.lineage[1].inputs == {"checkpoint": load_checkpoint(tmp_path / "net").digest}
+    assert card.lineage[2].config["freeze_epochs"] == 1
+
+
+def test_a_source_that_does_not_fit_is_refused(cli: Cli, command: list[object]) -> None:
+    outcome = cli(*command, "--epochs", 1, "--from", "kpe-t")
+    assert outcome.code == 2
+    assert "of which nothing fits" in outcome.line
+
+
+def test_settings_come_from_a_file_and_flags_win(cli: Cli, command: list[object], people: Path, tmp_path: Path) -> None:
+    text = "epochs: 7\nlearning_rate: 0.01\naveraging: 0.5\nrendered: 0.5\naugment:\n  mirror: 0\nloss:\n  ohkm: 1\n"
+    (tmp_path / "long.yaml").write_text(text)
+    settings = ["--settings", tmp_path / "long.yaml", "--rendered", people]
+    outcome = cli(*command, *settings, "--epochs", 1, "--images", 12, "--seed", 4)
+    assert outcome.code == 0, outcome.err
+    (entry,) = read_card(tmp_path / "net").lineage
+    assert (entry.config["epochs"], entry.config["learning_rate"], entry.config["seed"]) == (1, 0.01, 4)
+    assert (entry.config["augment"]["mirror"], entry.config["loss"]["ohkm"]) == (0, 1)
+    assert entry.report["people"] == {"train": 12, "dev": 2, "rendered": 20}
+    assert set(entry.inputs) == {"train", "dev", "rendered"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epochs: 3\nlearning_rat: 0.1\n", "did you mean 'learning_rate'"),
+        ("epochs: 3\naugment:\n  miror: 0.1\n", "line 3: augment.miror"),
+        ("epochs: 0\n", "epochs"),
+        ("epochs: 3\ndistill_weight: 0.5\n", "without a teacher"),
+        ("epochs: 3\nrendered: 0.25\n", "no folder and a share of 0.25"),
+        ("epochs: 3\noptimizer: adam\n", "did you mean 'adamw'"),
+    ],
+)
+def test_wrong_settings(cli: Cli, command: list[object], tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    outcome = cli(*command, "--settings", tmp_path / "bad.yaml")
+    assert outcome.code == 2
+    assert words in outcome.line
+
+
+def test_head_backbone_and_stages_are_chosen(cli: Cli, command: list[object], tmp_path: Path) -> None:
+    assert cli(*command, "--epochs", 1, "--head", "heatmap", "--backbone", "inverted", "--refinements", 1).code == 0
+    found = read_card(tmp_path / "net").architecture
+    assert (found.head, found.backbone, found.refinements) == ("heatmap", "inverted", 1)
 
 
 def test_missing_data_exits_6(cli: Cli, command: list[object], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from edgepose.data.coco import Person, PoseDataset, dataset
-from edgepose.data.splits import dev_ids, draw_dev_ids, image_digests, split_train
+from edgepose.data.splits import dev_ids, draw_dev_ids, image_digests, some_images, split_train
+from edgepose.errors import UsageError
 from edgepose.spec import Keypoints
 
 
@@ -66,3 +68,15 @@ def test_photographs_are_known_by_content(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "0.png").write_bytes(b"b")
     assert len(digests.keys() & image_digests(people(1, tmp_path / "other")).keys()) == 1
+
+
+def test_some_images_bring_all_their_people_and_follow_the_seed() -> None:
+    both = people(40)
+    pairs = tuple(dataclasses.replace(p, image=Path(f"{i // 2}.png")) for i, p in enumerate(both.persons))
+    crowd = dataclasses.replace(both, persons=pairs)
+    chosen = some_images(crowd, 5, seed=1)
+    assert len({person.image for person in chosen.persons}) == 5
+    assert len(chosen) == 10
+    assert chosen.digest == some_images(crowd, 5, seed=1).digest != some_images(crowd, 5, seed=2).digest
+    with pytest.raises(UsageError, match="20 photographs to train on, expected at least 21"):
+        some_images(crowd, 21, seed=0)

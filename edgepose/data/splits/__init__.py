@@ -12,6 +12,7 @@ from importlib.resources import files
 import numpy as np
 
 from edgepose.data.coco import PoseDataset
+from edgepose.errors import UsageError
 
 _SHARE, _SEED = 0.1, 0
 
@@ -38,6 +39,24 @@ def split_train(train: PoseDataset) -> tuple[PoseDataset, PoseDataset]:
     """A training split without its dev people, and those people."""
     held_out = dev_ids(train)
     return train.without(held_out), train.subset(held_out)
+
+
+def some_images(train: PoseDataset, count: int, seed: int) -> PoseDataset:
+    """The people of `count` photographs, drawn without replacement from those that show anyone.
+
+    Raises:
+        UsageError: There are not so many.
+    """
+    names = sorted({person.image for person in train.persons})
+    if count > len(names):
+        raise UsageError(
+            f"{train.source}",
+            found=f"{len(names)} photographs to train on",
+            expected=f"at least {count}, as was asked for",
+            fix="ask for fewer, or for all",
+        )
+    chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
+    return train.subset(person.annotation_id for person in train.persons if person.image in chosen)
 
 
 def image_digests(data: PoseDataset) -> dict[str, str]:
