@@ -5,6 +5,7 @@ Invariant: the drawn pictures and the JSON appear only when the last frame was d
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,11 +25,12 @@ from edgepose.cli.options import (
     checked_precision,
 )
 from edgepose.cli.pictures import Shot, Source, check_output_suffix, open_source, picture_sink, shots
-from edgepose.errors import AnnotationError, ImageError
+from edgepose.errors import AnnotationError, ImageError, UsageError
 from edgepose.estimator import EstimatorInfo, PoseEstimator
-from edgepose.pose import nms
 from edgepose.pose.draw import draw
 from edgepose.pose.metrics import oks_sigmas
+from edgepose.pose.nms import oks_nms
+from edgepose.pose.smoothing import SmoothingState, smooth_people
 from edgepose.profiler.accuracy import AREA_OF_BOX
 from edgepose.spec import Keypoints, Poses
 
@@ -36,7 +38,7 @@ EXAMPLES = (
     "edgepose run kpe-s.bundle photo.jpg --out drawn.jpg",
     "edgepose run kpe-s.bundle photo.jpg --boxes boxes.json --json poses.json",
     "edgepose run kpe-s.bundle photos --boxes annotations.json --flip-test --oks-nms 0.9 --out drawn",
-    "edgepose run kpe-s.bundle match.mp4 --backend openvino --threads 4 --out drawn.mp4",
+    "edgepose run kpe-s.bundle match.mp4 --backend openvino --threads 4 --smooth --out drawn.mp4",
 )
 
 
@@ -64,12 +66,16 @@ def run(
     min_score: Annotated[
         float, typer.Option("--min-score", min=0.0, max=1.0, help="Joints below it are drawn hollow.")
     ] = 0.3,
-    oks_nms: Annotated[
+    max_oks: Annotated[
         float | None,
         typer.Option(
             "--oks-nms", min=0.0, max=1.0, help="Where poses are more alike than this (OKS), keep the most confident."
         ),
     ] = None,
+    smooth: Annotated[
+        bool,
+        typer.Option("--smooth", help="Steady the joints of a video (one-euro filter); boxes in one order throughout."),
+    ] = False,
     convert: Annotated[
         bool, typer.Option("--convert", help="Take grey photographs and such with an alpha channel.")
     ] = False,
@@ -88,17 +94,18 @@ def run(
     opened = open_source(source)
     if out is not None:
         check_output_suffix(out, opened.kind)
+    if smooth and opened.kind != "video":
+        raise UsageError("--smooth", found=f"{source}, which has no time", expected="a video", fix="leave it off")
     people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
     rows: list[dict[str, Any]] = []
     with PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test) as estimator:
         info = estimator.info()
         keypoints = estimator.spec.keypoints
+        processed = _PostProcessing(keypoints, max_oks, opened.fps if smooth else 0.0)
         with steps() as progress:
             with picture_sink(out, opened, replace=force) as sink:
                 for shot in shots(opened, convert=convert, allow_short=allow_short):
-                    poses = _poses(estimator, shot, people)
-                    if oks_nms is not None:
-                        poses = _without_duplicates(poses, keypoints, oks_nms)
+                    poses = processed(shot, _poses(estimator, shot, people))
                     sink(shot, draw(shot.frame, poses, keypoints, min_score=min_score))
                     rows.append(_row(shot, poses))
                     if len(rows) < opened.total:
@@ -137,19 +144,35 @@ def _poses(estimator: PoseEstimator, shot: Shot, people: BoxFile | None) -> Pose
         raise
 
 
-def _without_duplicates(poses: Poses, keypoints: Keypoints, threshold: float) -> Poses:
-    """The poses that stay of those that are of one person, in the order of their boxes."""
-    sides = (poses.boxes[:, 2:] - poses.boxes[:, :2]).astype(np.float64)
-    areas_px2, sigmas = AREA_OF_BOX * sides.prod(axis=1), oks_sigmas(keypoints)
-    kept = np.sort(nms.oks_nms(poses.keypoints, poses.scores.mean(1), areas_px2, sigmas, threshold=threshold))
-    return Poses(
-        poses.keypoints[kept],
-        poses.scores[kept],
-        poses.boxes[kept],
-        poses.backend,
-        None if poses.visibility is None else poses.visibility[kept],
-        None if poses.errors_px is None else poses.errors_px[kept],
-    )
+@dataclass(slots=True)
+class _PostProcessing:
+    """What is done to the poses of a frame: duplicates go, then joints are smoothed over time.
+
+    Attributes:
+        keypoints: The network's keypoint set.
+        oks_nms: Poses more alike than this are one person's; None keeps all.
+        fps: Frames per second of the video to smooth; 0 for no smoothing.
+        smoothing: What is remembered of the last frames.
+    """
+
+    keypoints: Keypoints
+    oks_nms: float | None
+    fps: float
+    smoothing: SmoothingState = field(default_factory=SmoothingState)
+
+    def __call__(self, shot: Shot, poses: Poses) -> Poses:
+        rows = np.arange(len(poses))
+        if self.oks_nms is not None:
+            sides = (poses.boxes[:, 2:] - poses.boxes[:, :2]).astype(np.float64)
+            areas_px2, sigmas = AREA_OF_BOX * sides.prod(axis=1), oks_sigmas(self.keypoints)
+            rows = np.sort(oks_nms(poses.keypoints, poses.scores.mean(1), areas_px2, sigmas, threshold=self.oks_nms))
+        points = poses.keypoints[rows]
+        if self.fps and shot.number is not None:
+            # Without a tracker a person is known by their place among the boxes.
+            time_s = shot.number / self.fps
+            points, self.smoothing = smooth_people(self.smoothing, rows.tolist(), points, time_s)
+        visibility, errors_px = (None if v is None else v[rows] for v in (poses.visibility, poses.errors_px))
+        return Poses(points, poses.scores[rows], poses.boxes[rows], poses.backend, visibility, errors_px)
 
 
 def _row(shot: Shot, poses: Poses) -> dict[str, Any]:

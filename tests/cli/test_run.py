@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -81,6 +82,22 @@ def test_duplicate_poses_go_and_other_people_stay(cli: Cli, bundle: Path, photos
     assert [len(row["poses"]) for row in json.loads(outcome.out)] == [1, 1, 0]
     assert [len(row["poses"]) for row in json.loads(cli(*flags, "--oks-nms", "1").out)] == [3, 1, 0]
     assert cli(*flags, "--oks-nms", "1.5").code == 2
+
+
+def test_smoothing_of_a_video_lags_behind_movement_and_is_refused_without_time(
+    cli: Cli, bundle: Path, video: Path, photo: Path
+) -> None:
+    plain, smooth = cli("run", bundle, video, "--json", "-"), cli("run", bundle, video, "--smooth", "--json", "-")
+    assert smooth.code == 0
+    raw_x, smooth_x = (
+        [row["poses"][0]["keypoints"][0][0] for row in json.loads(outcome.out)] for outcome in (plain, smooth)
+    )
+    assert smooth_x[0] == raw_x[0]
+    assert all(before < now for before, now in itertools.pairwise(smooth_x))
+    assert all(0 < raw - smoothed < 15 for raw, smoothed in zip(raw_x[1:], smooth_x[1:], strict=True))
+    outcome = cli("run", bundle, photo, "--smooth")
+    assert outcome.code == 2
+    assert "which has no time, expected a video" in outcome.line
 
 
 def test_min_score_decides_which_joints_are_sure(cli: Cli, bundle: Path, photo: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from edgepose.blocks.card import Card
 from edgepose.bundle import read_bundle, write_bundle
 from edgepose.profiler.record import ProfileRecord
-from edgepose.spec import Keypoints
+from edgepose.spec import Heatmap, Keypoints, Regression
 from tests.cli.conftest import TINY, Cli, disk_of
 from tests.fakes import spot_spec
 from tests.tiny_network import flip_a_byte, forge, spot_draft
@@ -116,6 +116,14 @@ def test_inspect_shows_all_parts_of_a_bundle(cli: Cli, bundle: Path) -> None:
         "SimCC",
     ):
         assert word in outcome.out
+
+
+def test_inspect_says_how_outputs_are_decoded(cli: Cli, bundle: Path) -> None:
+    spec = json.loads(cli("inspect", bundle, "--json").out)["manifest"]["spec"]
+    assert spec["decoder"]["type"] == "simcc"
+    for decoder, words in ((Heatmap(stride=8.0), "heat maps, stride 8"), (Regression((48, 32)), "coordinates")):
+        forge(read_bundle(bundle), spec={**spec, "decoder": msgspec.to_builtins(decoder)})
+        assert f"decoded as {words}" in " ".join(cli("inspect", bundle).out.split())
 
 
 def test_inspect_json_is_the_manifest(cli: Cli, bundle: Path) -> None:
