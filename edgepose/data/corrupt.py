@@ -188,7 +188,9 @@ def _truncated(frame: Image, person: Person, share: float, side: int) -> Corrupt
     box = np.clip(box, -0.5, np.array([*size, *size]) - 0.5)  # outer edges of the outermost pixels
     low, high = box[axis], box[2 + axis]
     cut = high - share * (high - low) if at_the_end else low + share * (high - low)
-    line = min(max(round(cut + 0.5), 1), size[axis] - 1)  # number of the first pixel behind the cut
+    line = round(cut + 0.5)  # number of the first pixel behind the cut
+    if not (1 <= line < size[axis] and low < line - 0.5 < high):  # a speck
+        return _labelled(frame, person.box_xyxy, person.keypoints, np.zeros(frame.shape[:2], np.bool_))
     keep = slice(0, line) if at_the_end else slice(line, size[axis])
     left = np.ascontiguousarray(frame[:, keep] if axis == 0 else frame[keep])
     keypoints = person.keypoints.copy()

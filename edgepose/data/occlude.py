@@ -109,9 +109,8 @@ def truncated(patch: Patch, config: OcclusionConfig, strength: float, rng: np.ra
     box, (height, width) = patch.box_xyxy.copy(), patch.pixels.shape[:2]
     low, high = max(box[axis], -0.5), min(box[2 + axis], (width, height)[axis] - 0.5)
     line = round(high - share * (high - low)) if at_the_end else round(low + share * (high - low))
-    line = min(max(line, 1), (width, height)[axis] - 1)
-    if not low < line < high:
-        return patch
+    if not (1 <= line < (width, height)[axis] and low < line - 0.5 < high):
+        return patch  # a speck
     box[axis + (2 if at_the_end else 0)] = line - 0.5  # between two pixels: coordinates are pixel centres
     if not gone:
         return Patch(patch.pixels, box, patch.keypoints)

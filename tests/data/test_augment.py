@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import cv2
@@ -190,3 +189,133 @@ def test_mirroring_twice_changes_nothing() -> None:
     twice = mirror(*once, 64, KEYPOINTS)
     assert np.abs(twice[0] - points).max() < 1e-4
     assert np.array_equal(twice[1], weights)
+
+
+def test_views_without_occlusion_are_what_they_always_were(tmp_path: Path) -> None:
+    """Networks of before there was occlusion can be trained again: the same numbers are drawn in the same order."""
+    joints = np.array([[60.3, 40.7, 2], [45.1, 70.2, 1], [82.6, 66.5, 2]])
+    patch = cut_patch(dotted(tmp_path, joints, (110, 130), 3.0), PREPROCESS)
+    expected = {
+        0: ([[25.381, 31.827], [15.944, 47.512], [36.719, 46.836]], 0.2997118905373848),
+        1: ([[35.874, 41.181], [20.794, 66.813], [53.543, 64.102]], 0.7884287034284043),
+        2: ([[33.551, 32.78], [23.405, 48.444], [44.596, 48.457]], 0.4227846732701278),
+    }
+    for seed, (points, following) in expected.items():
+        rng = np.random.default_rng(seed)
+        view = augment(patch, PREPROCESS, KEYPOINTS, AugmentConfig(), rng)
+        assert np.abs(view.keypoints - points).max() < 2e-3
+        assert rng.random() == following
+
+
+def test_visible_says_what_the_labels_know(tmp_path: Path) -> None:
+    joints = np.array([[60.0, 40, 2], [45, 70, 1], [82, 66, 0]])
+    patch = cut_patch(dotted(tmp_path, joints, (110, 130), 3), PREPROCESS)
+    view = augment(patch, PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
+    assert view.visible.tolist() == [1, 0, 0]
+    assert view.known.tolist() == [1, 1, 0]
+    assert view.weights.tolist() == [1, 1, 0]
+    mirrored = msgspec.structs.replace(STILL, mirror=1.0)
+    view = augment(patch, PREPROCESS, KEYPOINTS, mirrored, np.random.default_rng(0))
+    assert view.visible.tolist() == [1, 0, 0]
+    assert view.known.tolist() == [1, 0, 1]
+    assert {array.dtype for array in (view.visible, view.known, view.weights)} == {np.dtype(np.float32)}
+
+
+def test_a_joint_outside_the_crop_is_known_not_to_be_seen(person: Person) -> None:
+    patch = cut_patch(person, PREPROCESS)
+    wild = msgspec.structs.replace(GEOMETRY, shift=0.6)
+    outside = 0
+    for seed in range(30):
+        view = augment(patch, PREPROCESS, KEYPOINTS, wild, np.random.default_rng(seed))
+        gone = view.weights == 0
+        assert not view.visible[gone].any()
+        assert view.known.all()
+        outside += int(gone.sum())
+    assert outside > 20
+
+
+def test_a_joint_beyond_the_photograph_is_not_seen_but_counts(tmp_path: Path) -> None:
+    joints = np.array([[60.0, 40, 2], [45, 70, 2], [131, 66, 2]])  # the photograph is 130 pixels wide
+    view = augment(
+        cut_patch(dotted(tmp_path, joints, (110, 130), 3), PREPROCESS), PREPROCESS, KEYPOINTS, STILL,
+        np.random.default_rng(0),
+    )  # fmt: skip
+    assert view.weights.tolist() == [1, 1, 1]
+    assert view.visible.tolist() == [1, 1, 0]
+
+
+def test_joints_under_the_cut_out_rectangle_are_hidden(person: Person) -> None:
+    patch = cut_patch(person, PREPROCESS)
+    plain = augment(patch, PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
+    config = msgspec.structs.replace(STILL, cutout=1.0)
+    hidden = 0
+    for seed in range(60):
+        view = augment(patch, PREPROCESS, KEYPOINTS, config, np.random.default_rng(seed))
+        for (x, y), seen, before in zip(np.rint(view.keypoints).astype(int), view.visible, plain.visible, strict=True):
+            changed = bool((view.crop[y, x] != plain.crop[y, x]).any())
+            assert changed or seen == before  # a rectangle may have the joint's colour, but then it is not there
+            assert not (changed and seen)
+            hidden += int(changed)
+        assert np.array_equal(view.weights, plain.weights)
+    assert hidden > 5
+
+
+def noisy_people(folder: Path, count: int) -> list[Person]:
+    """People whose photographs are noise, so that hardly any pixel is like another."""
+    people = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        path = folder / f"noise{number}.png"
+        cv2.imwrite(str(path), rng.integers(0, 256, (110, 130, 3), dtype=np.uint8))
+        joints = np.array([[60.3, 40.7, 2], [45.1, 70.2, 2], [82.6, 66.5, 2]], np.float32)
+        people.append(Person(path, number, number, np.array([35.0, 30, 60, 50]), joints))
+    return people
+
+
+def test_a_joint_is_hidden_exactly_where_its_pixel_was_painted_over(tmp_path: Path) -> None:
+    patches = [cut_patch(person, PREPROCESS) for person in noisy_people(tmp_path, 4)]
+    plain = augment(patches[0], PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
+    sharp = OcclusionConfig(pasted=1, joints=0.5, truncation=0, soft=0)
+    config = msgspec.structs.replace(STILL, occlusion=sharp)
+    hidden = 0
+    for seed in range(120):
+        view = augment(patches[0], PREPROCESS, KEYPOINTS, config, np.random.default_rng(seed), donors=patches)
+        assert np.array_equal(view.keypoints, plain.keypoints)
+        assert view.weights.tolist() == [1, 1, 1]
+        columns, rows = np.rint(view.keypoints).astype(int).T
+        painted = (view.crop[rows, columns] != plain.crop[rows, columns]).any(axis=1)
+        assert painted.tolist() == (view.visible == 0).tolist(), seed
+        hidden += int(painted.sum())
+    assert 40 < hidden < 320
+
+
+def test_the_curriculum_hides_more_as_the_run_goes_on(tmp_path: Path) -> None:
+    patches = [cut_patch(person, PREPROCESS) for person in noisy_people(tmp_path, 4)]
+    config = msgspec.structs.replace(STILL, occlusion=OcclusionConfig(start=0.1, ramp=0.5))
+
+    def hidden(progress: float) -> float:
+        views = [
+            augment(
+                patches[0], PREPROCESS, KEYPOINTS, config, np.random.default_rng(seed),
+                progress=progress, donors=patches,
+            ).visible
+            for seed in range(80)
+        ]  # fmt: skip
+        return 1 - float(np.mean(views))
+
+    early, middle, late = hidden(0.0), hidden(0.25), hidden(1.0)
+    assert early < middle < late
+    assert hidden(0.5) == late
+    assert early < 0.05
+    assert late > 0.15
+
+
+def test_occlusion_leaves_patches_and_donors_alone(tmp_path: Path) -> None:
+    patches = [cut_patch(person, PREPROCESS) for person in noisy_people(tmp_path, 3)]
+    before = [(p.pixels.copy(), p.box_xyxy.copy(), p.keypoints.copy()) for p in patches]
+    config = AugmentConfig(occlusion=OcclusionConfig(pasted=1, joints=1, truncation=1))
+    for seed in range(20):
+        augment(patches[0], PREPROCESS, KEYPOINTS, config, np.random.default_rng(seed), donors=patches)
+    for patch, arrays in zip(patches, before, strict=True):
+        for now, then in zip((patch.pixels, patch.box_xyxy, patch.keypoints), arrays, strict=True):
+            assert np.array_equal(now, then)
