@@ -22,7 +22,7 @@ from edgepose.cli.pictures import encode
 from edgepose.data.coco import PoseDataset, dataset, read_image
 from edgepose.data.corrupt import CORRUPTIONS, Corrupted, Occluded, corrupt
 from edgepose.data.render import LSP14, RenderConfig, write_coco
-from edgepose.errors import UsageError
+from edgepose.errors import SpecError, UsageError
 from edgepose.estimator import PoseEstimator
 from edgepose.host import cache_directory
 from edgepose.pose.preprocess import crop_transforms
@@ -111,12 +111,12 @@ def slice_report(
     base = slices_from_npz(options.against) if options.against else None
     measured = people.sample(options.people, seed=0) if options.people else people
     lenders = lenders_of(people)
+    rendered = _rendered(options, people.keypoints, progress)
     if options.pictures:
         atomic_write(options.pictures / SHEET, encode(contact_sheet(measured, lenders), ".png"))
     draws = options.draws or 1
     told = progress.step("measuring slices")
     records = measure_slices(estimator, measured, draws=draws, lenders=lenders, progress=told)
-    rendered = _rendered(options, people.keypoints, progress)
     if rendered is not None:
         told = progress.step("measuring rendered people")
         found = measure_slices(estimator, rendered, names=("clean",), progress=told)
@@ -184,7 +184,11 @@ def _differences(
 def _rendered(options: SliceOptions, keypoints: Keypoints, progress: Steps) -> PoseDataset | None:
     """Rendered people, whose own bodies hide joints: the given ones, or some made once and kept."""
     if options.rendered is not None:
-        return dataset(options.rendered, "val")
+        given = dataset(options.rendered, "val")
+        if given.keypoints.names != keypoints.names:
+            found = f"{given.keypoints.count} keypoints ({', '.join(given.keypoints.names[:3])} …)"
+            raise SpecError(f"--rendered {options.rendered}", found=found, expected="those of the photographs")
+        return given
     if keypoints.names != LSP14.names:
         note("no self-occluded joints: rendered people have LSP's 14 keypoints; give some with --rendered")
         return None
