@@ -87,3 +87,19 @@ class Context:
     def step(self, what: str) -> Callable[[int, int], None]:
         """Progress of one step in the form that edgepose's functions call."""
         return lambda done, whole: self.told(what, done, whole)
+
+
+class TrainingWatcher:
+    """Passes the progress of a training run on; an observer of `edgepose.training`."""
+
+    def __init__(self, context: Context, what: str) -> None:
+        self._context, self._what = context, what
+
+    def cutting(self, done: int, total: int) -> None:
+        self._context.told(f"{self._what}: reading people", done, total)
+
+    def step(self, done: int, total: int, _loss: float) -> None:
+        self._context.told(f"{self._what}: training", done, total)
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """The curve is in the run record."""

@@ -192,10 +192,10 @@ def _rendered(options: SliceOptions, keypoints: Keypoints, progress: Steps) -> P
     if keypoints.names != LSP14.names:
         note("no self-occluded joints: rendered people have LSP's 14 keypoints; give some with --rendered")
         return None
-    folder = cache_directory() / "slices" / f"rendered-{_RENDERED_PEOPLE}-{_RENDERED_SEED}-v1"
+    folder = cache_directory() / "slices" / f"rendered-{_RENDERED_PEOPLE}-{_RENDERED_SEED}-v2"
     if not (folder / "val.json").is_file():
         # Nothing but the own body hides anything here, so that the slice means one thing.
-        config = RenderConfig(occluder_probability=0.0, truncation_probability=0.0)
+        config = RenderConfig(occluder_probability=0.0, truncation_probability=0.0, texture_seed=_RENDERED_SEED)
         told = progress.step("rendering people")
         # Another process may have finished first: then its people are the same.
         with atomic_directory(folder, replaceable=lambda _: True) as temporary:

@@ -32,6 +32,7 @@ from edgepose.data.render.skeleton import (
     rotation,
     sample_proportions,
 )
+from edgepose.data.render.texture import DEFAULT_BANK
 from edgepose.errors import UsageError
 
 WHOLE = RenderConfig(occluder_probability=0.0, distractor_probability=0.0, truncation_probability=0.0)
@@ -80,6 +81,17 @@ def brute_force_depth(figure: Figure, camera: Camera, points_xy: NDArray[np.floa
         front = centres[:, 2] + (-linear - np.sqrt(np.maximum(room, 0))) / m[2, 2]
         nearest = np.minimum(nearest, np.where(room >= 0, front, np.inf).min(axis=1))
     return nearest
+
+
+def test_another_bank_of_textures_shows_the_same_pose_in_other_patterns() -> None:
+    config = RenderConfig(size_hw=(64, 64), jpeg_probability=0.0)
+    usual, other = (
+        render_person(np.random.default_rng(3), replace(config, texture_seed=seed)) for seed in (DEFAULT_BANK, 7)
+    )
+    np.testing.assert_array_equal(usual.keypoints[:, :2], other.keypoints[:, :2])
+    assert (usual.image != other.image).mean() > 0.2
+    again = render_person(np.random.default_rng(3), config)
+    np.testing.assert_array_equal(usual.image, again.image)
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
@@ -281,7 +293,7 @@ def _head_below_hips(person: RenderedPerson) -> bool:
 
 @pytest.mark.parametrize(
     "options",
-    [{"size_hw": (16, 192)}, {"occluder_probability": 1.5}, {"extent": (0.9, 0.5)}, {"jpeg_probability": -0.1}],
+    [{"size_hw": (16, 192)}, {"occluder_probability": 1.5}, {"extent": (0.9, 0.5)}, {"texture_seed": -1}],
 )
 def test_impossible_configs_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=r"RenderConfig\."):

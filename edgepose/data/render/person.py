@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepose.data.render import scene
+from edgepose.data.render import scene, texture
 from edgepose.data.render.body import Flesh, Outfit, build_body, joint_radii, sample_outfit
 from edgepose.data.render.raster import Cones, Surface, metric_from_axes, rasterise
 from edgepose.data.render.shade import ScreenBody, sample_light, shade
@@ -47,6 +47,7 @@ class RenderConfig:
         distractor_probability: How often a second, smaller person stands behind, unlabelled.
         truncation_probability: How often the picture cuts the person off.
         jpeg_probability: How often the picture goes through JPEG compression.
+        texture_seed: Which bank of textures everything is made of; another one for people that are to be tested on.
     """
 
     size_hw: tuple[int, int] = (192, 192)
@@ -55,6 +56,7 @@ class RenderConfig:
     distractor_probability: float = 0.2
     truncation_probability: float = 0.08
     jpeg_probability: float = 0.5
+    texture_seed: int = texture.DEFAULT_BANK
 
     def __post_init__(self) -> None:
         if min(self.size_hw) < 32:
@@ -65,6 +67,8 @@ class RenderConfig:
             value = getattr(self, f"{name}_probability")
             if not 0.0 <= value <= 1.0:
                 raise UsageError(f"RenderConfig.{name}_probability", found=f"{value}", expected="0..1")
+        if self.texture_seed < 0:
+            raise UsageError("RenderConfig.texture_seed", found=f"{self.texture_seed}", expected="0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +230,11 @@ def render_person(rng: np.random.Generator, config: RenderConfig | None = None) 
         The picture and its labels. At least four keypoints are inside the picture.
     """
     config = config or RenderConfig()
+    with texture.bank_of(config.texture_seed):
+        return _render(rng, config)
+
+
+def _render(rng: np.random.Generator, config: RenderConfig) -> RenderedPerson:
     size = config.size_hw
     picture = scene.background(rng, size)
     light = sample_light(rng)

@@ -1,13 +1,16 @@
 """Procedural textures and colours: a bank of tileable grey patterns, palettes of skin, hair, cloth and surroundings.
 
 Invariant: patterns are float32 in 0..1, colours are float32 BGR in 0..1 (display values, not linear light), and all
-randomness comes from the generator that is passed in; the bank itself is the same in every process.
+randomness comes from the generator that is passed in; a bank is a function of its seed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Literal
 
 import cv2
@@ -18,6 +21,8 @@ F32 = NDArray[np.float32]
 MaterialKind = Literal["plain", "noise", "stripes", "checks", "gradient", "panels", "fine"]
 
 BANK_SIZE = 256
+DEFAULT_BANK = 20_000
+_BANKS_KEPT = 2  # five megabytes each
 _SKIN_BGR = np.array(
     [
         (0.72, 0.80, 0.96),
@@ -106,10 +111,27 @@ def _bricks(rng: np.random.Generator) -> F32:
     return np.where(mortar, np.float32(0.0), 0.4 + 0.6 * shade).astype(np.float32)
 
 
-@cache
+_chosen_bank: ContextVar[int] = ContextVar("_chosen_bank", default=DEFAULT_BANK)
+
+
+@contextmanager
+def bank_of(seed: int) -> Iterator[None]:
+    """Everything in this block is textured from the bank of this seed."""
+    token = _chosen_bank.set(seed)
+    try:
+        yield
+    finally:
+        _chosen_bank.reset(token)
+
+
 def bank() -> F32:
-    """Tileable patterns, (T, 256, 256) float32 in 0..1, built once per process."""
-    rng = np.random.default_rng(20_000)
+    """Tileable patterns, (T, 256, 256) float32 in 0..1."""
+    return _bank(_chosen_bank.get())
+
+
+@lru_cache(_BANKS_KEPT)
+def _bank(seed: int) -> F32:
+    rng = np.random.default_rng(seed)
     layers = [_filtered_noise(rng, exponent) for exponent in (0.6, 1.0, 1.4, 1.8, 2.2, 2.6)]
     layers += [_filtered_noise(rng, 1.2, stretch) for stretch in (6.0, 0.15)]
     ridged = 1.0 - np.abs(2.0 * _filtered_noise(rng, 1.6) - 1.0)
@@ -122,16 +144,16 @@ def bank() -> F32:
     return stacked
 
 
-@cache
-def _bank_bytes() -> NDArray[np.uint8]:
-    """The bank in 8 bits: OpenCV warps bytes three times as fast as floats."""
-    return np.asarray(np.rint(bank() * 255.0), np.uint8)
+@lru_cache(_BANKS_KEPT)
+def _bank_bytes(seed: int) -> NDArray[np.uint8]:
+    """A bank in 8 bits: OpenCV warps bytes three times as fast as floats."""
+    return np.asarray(np.rint(_bank(seed) * 255.0), np.uint8)
 
 
-@cache
-def _folds() -> tuple[F32, F32]:
+@lru_cache(_BANKS_KEPT)
+def _folds(seed: int) -> tuple[F32, F32]:
     """Slopes of smooth noise, each (256, 256) float32 of unit deviation: they tilt normals into folds of cloth."""
-    height = bank()[4]
+    height = _bank(seed)[4]
     slopes = [np.asarray(np.roll(height, -2, axis) - np.roll(height, 2, axis), np.float32) for axis in (0, 1)]
     return slopes[0] / slopes[0].std(), slopes[1] / slopes[1].std()
 
@@ -144,7 +166,7 @@ def lookup(layer: int, x: F32, y: F32) -> F32:
 
 def fold_slopes(x: F32, y: F32) -> tuple[F32, F32]:
     """Slopes of cloth folds at tile coordinates, each like `x`, of unit deviation."""
-    first, second = _folds()
+    first, second = _folds(_chosen_bank.get())
     rows, columns = _texel(y), _texel(x)
     return np.asarray(first[rows, columns]), np.asarray(second[rows, columns])
 
@@ -165,7 +187,8 @@ def patch(rng: np.random.Generator, size_hw: tuple[int, int], scale: tuple[float
     angle = float(rng.uniform(0, 2 * np.pi)) if rng.random() < 0.5 else float(rng.normal(0, 0.06))
     c, s = texels * np.cos(angle), texels * np.sin(angle)
     matrix = np.array([[c, -s, rng.uniform(0, BANK_SIZE)], [s, c, rng.uniform(0, BANK_SIZE)]])
-    source = _bank_bytes()[int(rng.integers(len(bank())))]
+    patterns = _bank_bytes(_chosen_bank.get())
+    source = patterns[int(rng.integers(len(patterns)))]
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     size = (size_hw[1], size_hw[0])
     warped = cv2.warpAffine(source, matrix, size, flags=flags, borderMode=cv2.BORDER_WRAP)
