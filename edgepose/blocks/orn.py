@@ -68,11 +68,15 @@ class Mix(nn.Module):
 
 
 class Pool(nn.Module):
-    """The features under each keypoint's peak: the map's softmax weighs them."""
+    """The features under each keypoint's peak: the map's softmax weighs them.
+
+    No gradient flows into the weights: maps are to say where the keypoint is, not where it is worth looking.
+    """
 
     def forward(self, flat: Tensor, features: Tensor) -> Tensor:
         """(N, K, h·w) map values and (N, C, h, w) features to (N, K, C)."""
-        return flat.float().softmax(-1).to(features.dtype) @ features.flatten(2).transpose(1, 2)
+        weights = flat.detach().float().softmax(-1).to(features.dtype)
+        return weights @ features.flatten(2).transpose(1, 2)
 
 
 class Hide(nn.Module):
@@ -109,7 +113,9 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
         own = self.norm(tokens)
-        seen = torch.cat([own, context], 1)
+        # Normalised behind the concatenation, where a single quantiser stands: OpenVINO 2026.4 fails to compile a
+        # product whose input is joined from parts of different scales.
+        seen = self.norm(torch.cat([tokens, context], 1))
         value, gate = self.value_relu(self.value(seen)), self.gate_relu(self.gate(own))
         mixed: Tensor = self.sum(tokens, self.out(self.mix(self.query(own), self.key(seen), value, gate)))
         return mixed
@@ -166,7 +172,7 @@ class ORN(nn.Module):
         flat, outputs = self.hide(maps.flatten(2), outputs)
         tokens = self.token_sum(self.evidence(flat), self.local(self.pool(flat, features[0])))
         tokens = self.identity_sum(tokens, self.identity)
-        context = self.norm(self.place_sum(self.context(features[1]).flatten(2).transpose(1, 2), self.places))
+        context = self.place_sum(self.context(features[1]).flatten(2).transpose(1, 2), self.places)
         for layer in self.layers:
             tokens = layer(tokens, context)
         tokens = self.norm(tokens)

@@ -66,7 +66,8 @@ def complete_coverage(
     for node in _requantised(graph, hooks_of(wrapped)):
         remove_hook(wrapped, _after(node))
     graph = graph_of(wrapped, batches[0][:1])
-    places = tuple(_after(node) for node in _open_outputs(graph, hooks_of(wrapped), protected))
+    opened = _open_outputs(graph, hooks_of(wrapped), protected)
+    places = tuple(_after(node) for node in opened if not _gather(wrapped, graph, node))
     observers = {place: _Observer() for place in places}
     for place, observer in observers.items():
         add_hook(wrapped, place, observer)
@@ -121,6 +122,26 @@ def _is_mover(node: NNCFNode) -> bool:
     return node.metatype in _MOVERS
 
 
+def _gather(wrapped: nn.Module, graph: PTNNCFGraph, node: NNCFNode) -> bool:
+    """Puts the quantiser that stands before some readers of a function's output behind the function, for all of them.
+
+    NNCF places it so where other readers are protected; kernels are integer only where the output itself is quantised.
+    """
+    hooks = hooks_of(wrapped)
+    readers, before = list(graph.get_next_nodes(node)), []
+    while readers:
+        reader = readers.pop()
+        if reader.node_type in _QUANTISERS:
+            before += [place for place in hooks if place.startswith("pre_hooks") and _names_hook(reader, place)]
+        elif _is_mover(reader):
+            readers += graph.get_next_nodes(reader)
+    for place in before:
+        remove_hook(wrapped, place)
+    if before:
+        add_hook(wrapped, _after(node), hooks[before[0]])
+    return bool(before)
+
+
 def _requantised(graph: PTNNCFGraph, hooks: dict[str, nn.Module]) -> list[NNCFNode]:
     """Movers with a quantiser behind them although what they move is quantised already."""
     found = []
@@ -156,7 +177,7 @@ def _open_outputs(graph: PTNNCFGraph, hooks: dict[str, nn.Module], protected: Co
             target = _rectified(graph, node)
             if _after(target) in hooks:
                 continue  # the rectifier behind it is quantised: one kernel does both
-            if node.metatype in _LINEAR and _ends_float(graph, target):
+            if node.metatype in _LINEAR and _ends_float(graph, target, protected):
                 continue
             found.append(target)
             quantised.update({node.node_id, target.node_id})
@@ -177,9 +198,9 @@ def _rectified(graph: PTNNCFGraph, node: NNCFNode) -> NNCFNode:
     return after[0] if len(after) == 1 and after[0].metatype in _RECTIFIERS else node
 
 
-def _ends_float(graph: PTNNCFGraph, node: NNCFNode) -> bool:
-    """Whether only outputs of the network, or functions without integer kernels, read what the node returns."""
-    after = graph.get_next_nodes(node)
+def _ends_float(graph: PTNNCFGraph, node: NNCFNode, protected: Collection[str]) -> bool:
+    """Whether only outputs of the network, protected functions, or such without integer kernels read the result."""
+    after = [n for n in graph.get_next_nodes(node) if n.node_name not in protected]
     return all(n.metatype not in _INTEGER_KERNELS and n.node_type not in _QUANTISERS for n in after)
 
 

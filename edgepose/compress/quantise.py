@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from edgepose.compress.coverage import complete_coverage
 from edgepose.compress.hooks import add_hook, functions_inside, hooked_copy, hooks_of, is_hooked, plain_copy, quiet
+from edgepose.compress.protected import protected_parts
 from edgepose.compress.ranges import Range, Ranges
 from edgepose.errors import CheckpointError, RecipeError, SpecError
 from edgepose.storage import atomic_file, json_bytes
@@ -50,7 +51,7 @@ class QuantiseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             image's extremes, the mean of its 1e-4 quantiles, or the histogram's best fit.
         bias_correction: Shift biases so that the mean error of each layer vanishes ("fast" or NNCF's slow "accurate").
             Off by default: on kpe-s it moves outputs away from the float network's (mean gap 0.37 % against 0.28 %).
-        protected: Names of modules that stay float ("block.head.x").
+        protected: Names of modules that stay float ("block.head.x"), beside those of `compress.protected`.
         subset_size: Calibration images used, whole batches.
     """
 
@@ -97,7 +98,8 @@ def prepare(folded: nn.Module, batches: Sequence[Batch], config: QuantiseConfig 
     config = config or QuantiseConfig()
     _check_protected(folded, config.protected)
     tensors = _subset(batches, config.subset_size)
-    protected = functions_inside(folded, config.protected, tensors[0][:1])
+    names = tuple(dict.fromkeys((*config.protected, *protected_parts(folded))))
+    protected = functions_inside(folded, names, tensors[0][:1])
     estimator = {
         "default": None,
         "minmax": RangeEstimatorParametersSet.MINMAX,
@@ -128,7 +130,7 @@ def prepare(folded: nn.Module, batches: Sequence[Batch], config: QuantiseConfig 
         if config.symmetric:
             _force_signed(wrapped)
         complete_coverage(wrapped, tensors, symmetric=config.symmetric, protected=protected)
-    _set_protected(wrapped, config.protected)
+    _set_protected(wrapped, names)
     _pin_zeros(wrapped)
     return wrapped.eval()
 

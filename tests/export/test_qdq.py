@@ -122,7 +122,7 @@ def test_dialects_are_the_same_numbers(signed: Exported, tmp_path: Path) -> None
     for name in found[0]:
         gap = np.abs(found[0][name] - found[1][name])
         # Biases are float in one and 32-bit in the other: equal but for sums on the edge between two codes.
-        assert np.mean(gap > 1e-5 * np.abs(found[0][name]).max()) < 0.5
+        assert np.mean(gap > 1e-5 * np.abs(found[0][name]).max()) < 0.7
         assert gap.mean() < 5e-4 * np.abs(found[0][name]).max()
 
 
