@@ -1,4 +1,4 @@
-"""COMPILE: a checkpoint and a recipe to a bundle. Read `compile_bundle` first: it is the order of the stages.
+"""COMPILE: a checkpoint, or a module of one's own, and a recipe to a bundle. `compile_bundle` is the order of stages.
 
 Invariant: nothing is computed twice (stages are found by key) and nothing is half-written (the bundle appears whole).
 Importing this module loads no builder; a rerun that finds every stage done never does.
@@ -7,6 +7,7 @@ Importing this module loads no builder; a rerun that finds every stage done neve
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,13 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from edgepose.blocks.card import Card, read_card
+from edgepose.blocks.card import Card, Lineage, read_card
 from edgepose.blocks.zoo import find_checkpoint, zoo_names
 from edgepose.bundle import BundleDraft, GoldenDraft
 from edgepose.data.coco import PoseDataset, dataset
 from edgepose.data.splits import image_digests, split_train
 from edgepose.errors import AnnotationError, CheckpointError, UsageError
+from edgepose.host import cache_directory
 from edgepose.pose.codec import decode
 from edgepose.profiles import load_target
 from edgepose.recipe import Recipe
@@ -41,8 +43,9 @@ from edgepose.stages.assemble import (
 from edgepose.stages.budget import check_budget, check_metric
 from edgepose.stages.cache import StageKey, StageResult, run_state
 from edgepose.stages.settings import Plan, QuantiseStage, plan_of
+from edgepose.stages.source import Network, Source
 
-__all__ = ["CompileRequest", "CompileResult", "Observer", "compile_bundle", "planned_stages"]
+__all__ = ["CompileRequest", "CompileResult", "Network", "Observer", "compile_bundle", "planned_stages"]
 
 _TORCH = ("torch", "numpy", "opencv-python-headless")
 _EXPORT = ("torch", "onnx", "onnxscript", "nncf")
@@ -67,14 +70,14 @@ class CompileRequest:
 
     Attributes:
         recipe: The stages.
-        model: Name of a zoo network, or path of a checkpoint.
+        model: Name of a zoo network, path of a checkpoint, or a network of the user's own.
         data: Folder with train.json and images/; needed by every stage that looks at people.
         out: Directory of the bundle.
         replace: Whether another bundle at `out` may be replaced.
     """
 
     recipe: Recipe
-    model: str
+    model: str | Network
     data: Path | None
     out: Path
     replace: bool = False
@@ -88,16 +91,30 @@ class _Build:
     observer: Observer
     orders: tuple[EngineOrder, ...]
     plan: Plan
-    source: Path
+    source: Source
     source_card: Card
     checkpoint: Path
     digest: str
     people: tuple[PoseDataset, PoseDataset] | None = None
     stages: list[StageResult] = field(default_factory=list)
 
+    @property
+    def current(self) -> Source:
+        """The checkpoint so far, as stages read it."""
+        return Source(self.checkpoint, self.source.module)
 
-def compile_bundle(request: CompileRequest, observer: Observer) -> CompileResult:
-    """Compile a checkpoint.
+    def key(self, stage: str, inputs: dict[str, str], config: Any, tools: tuple[str, ...]) -> StageKey:
+        """A stage's key; of a network that is the user's own, what it computes by is an input of every stage."""
+        own = self.source_card.own
+        return StageKey(stage, inputs if own is None else {**inputs, "module": own.structure}, config, tools)
+
+
+def compile_bundle(request: CompileRequest, observer: Observer | None = None) -> CompileResult:
+    """Compile a checkpoint, or a network of the user's own.
+
+    Args:
+        request: What to compile.
+        observer: Told about progress.
 
     Raises:
         BadInput: Recipe, checkpoint, data or target cannot be used as asked.
@@ -105,7 +122,7 @@ def compile_bundle(request: CompileRequest, observer: Observer) -> CompileResult
         AccuracyRegression: More accuracy was lost on dev than the recipe's `max_drop_points`.
         ParityError: Two forms of the network disagree.
     """
-    build = _start(request, observer)
+    build = _start(request, observer or _Nobody())
     _take_prebuilt(build)
     _check_people(build)
     if build.plan.prune is not None:
@@ -160,8 +177,8 @@ class _Nobody:
 def _start(request: CompileRequest, observer: Observer) -> _Build:
     targets = tuple(load_target(name) for name in request.recipe.targets)
     orders = engine_orders(targets)
-    source = find_checkpoint(request.model)
-    card = read_card(source)
+    source = _source(request.model)
+    card = read_card(source.path)
     check_out(request.out, _origin(request, card), replace=request.replace)
     check_metric(request.recipe, card)
     people = None
@@ -169,13 +186,21 @@ def _start(request: CompileRequest, observer: Observer) -> _Build:
         people = split_train(dataset(request.data, "train"))
         if people[0].keypoints.names != card.keypoints.names:
             raise CheckpointError(
-                f"{request.model}",
+                card.name,
                 found=f"a network for {card.keypoints.count} keypoints",
                 expected=f"the {people[0].keypoints.count} of {request.data}",
                 fix="choose data with the network's keypoints, or train a network for these",
             )
     plan = plan_of(request.recipe, targets)
-    return _Build(request, observer, orders, plan, source, card, source, card.weights_sha256, people)
+    return _Build(request, observer, orders, plan, source, card, source.path, card.weights_sha256, people)
+
+
+def _source(model: str | Network) -> Source:
+    if isinstance(model, str):
+        return Source(find_checkpoint(model))
+    from edgepose.stages.networks import store_network
+
+    return Source(store_network(model, cache_directory() / "modules"), model.module)
 
 
 def _take_prebuilt(build: _Build) -> None:
@@ -188,16 +213,16 @@ def _take_prebuilt(build: _Build) -> None:
     if recipe.prune is None and recipe.quantise is None:
         return
     wanted = _wanted_lineage(build.plan)
-    candidates = [build.source]
+    candidates = [build.source.path]
     sibling = f"{build.source_card.name}-{recipe.name}"
     if sibling in zoo_names():
         candidates.append(find_checkpoint(sibling))
     for path in candidates:
         card = read_card(path)
         tail = card.lineage[-len(wanted) :]
-        if [(entry.stage, entry.config) for entry in tail] != wanted:
+        if not _same_settings(tail, wanted):
             continue
-        from_here = path == build.source or tail[0].inputs.get("checkpoint") == build.digest
+        from_here = path == build.source.path or tail[0].inputs.get("checkpoint") == build.digest
         same_people = build.people is None or tail[0].inputs.get("train") == build.people[0].digest
         if from_here and same_people:
             for entry in tail:
@@ -209,14 +234,14 @@ def _take_prebuilt(build: _Build) -> None:
             return
     if build.source_card.plan is not None or build.source_card.quantisation is not None:
         raise CheckpointError(
-            build.request.model,
+            build.source_card.name,
             found="a checkpoint that is compressed already, with other settings",
             expected=f"a float checkpoint, or one made by the recipe {recipe.name} as it is now",
             fix="start from the float checkpoint, or use the recipe fp32 to export it as it is",
         )
 
 
-def _wanted_lineage(plan: Plan) -> list[tuple[str, Any]]:
+def _wanted_lineage(plan: Plan) -> list[tuple[str, msgspec.Struct]]:
     stages: list[tuple[str, msgspec.Struct]] = []
     if plan.prune is not None:
         stages.append(("prune", plan.prune))
@@ -224,8 +249,20 @@ def _wanted_lineage(plan: Plan) -> list[tuple[str, Any]]:
         stages.append(("recover", plan.recover))
     if plan.quantise is not None:
         stages.append((plan.quantise.name, plan.quantise))
-    # As JSON has it, for that is what cards were read from.
-    return [(stage, msgspec.json.decode(msgspec.json.encode(config))) for stage, config in stages]
+    return stages
+
+
+def _same_settings(tail: Sequence[Lineage], wanted: Sequence[tuple[str, msgspec.Struct]]) -> bool:
+    """Settings that an older card does not have are taken at their defaults, which always mean what was before them."""
+    if [entry.stage for entry in tail] != [stage for stage, _ in wanted]:
+        return False
+    try:
+        return all(
+            msgspec.convert(entry.config, type(config), strict=True) == config
+            for entry, (_, config) in zip(tail, wanted, strict=True)
+        )
+    except msgspec.ValidationError:
+        return False
 
 
 def _people(build: _Build, stage: str) -> tuple[PoseDataset, PoseDataset]:
@@ -252,7 +289,7 @@ def _advance(build: _Build, result: StageResult) -> None:
 
 def _reference(build: _Build) -> None:
     train, dev = _people(build, "reference")
-    key = StageKey("reference", {"checkpoint": build.digest, "dev": dev.digest}, None, _TORCH)
+    key = build.key("reference", {"checkpoint": build.digest, "dev": dev.digest}, None, _TORCH)
 
     def work(folder: Path) -> dict[str, Any]:
         from edgepose.stages import compress
@@ -269,20 +306,20 @@ def _prune(build: _Build, plan: Plan) -> None:
     train, dev = _people(build, "prune")
     _reference(build)
     people = {"train": train.digest, "dev": dev.digest}
-    source = build.checkpoint
+    source = build.current
 
     def prune(folder: Path) -> dict[str, Any]:
         from edgepose.stages import compress
 
         return compress.prune(source, compress.StageData(train, dev), settings, folder)
 
-    key = StageKey("prune", {"checkpoint": build.digest, **people}, settings, (*_TORCH, "torch-pruning"))
+    key = build.key("prune", {"checkpoint": build.digest, **people}, settings, (*_TORCH, "torch-pruning"))
     _advance(build, _run(build, key, prune))
     if plan.recover is None:
         return
-    training, pruned = plan.recover, build.checkpoint
+    training, pruned = plan.recover, build.current
     inputs = {"checkpoint": build.digest, "teacher": build.source_card.weights_sha256, **people}
-    key = StageKey("recover", inputs, training, _TORCH)
+    key = build.key("recover", inputs, training, _TORCH)
     state = run_state(key)
 
     def recover(folder: Path) -> dict[str, Any]:
@@ -299,9 +336,9 @@ def _prune(build: _Build, plan: Plan) -> None:
 def _quantise(build: _Build, settings: QuantiseStage) -> None:
     train, dev = _people(build, settings.name)
     _reference(build)
-    source = build.checkpoint
+    source = build.current
     inputs = {"checkpoint": build.digest, "train": train.digest, "dev": dev.digest}
-    key = StageKey(settings.name, inputs, settings, (*_TORCH, "nncf"))
+    key = build.key(settings.name, inputs, settings, (*_TORCH, "nncf"))
     state = run_state(key)
 
     def quantise(folder: Path) -> dict[str, Any]:
@@ -339,14 +376,14 @@ def _check_people(build: _Build) -> None:
 
 def _export(build: _Build) -> StageResult:
     opset = build.request.recipe.export.opset
-    checkpoint = build.checkpoint
+    source = build.current
 
     def work(folder: Path) -> dict[str, Any]:
         from edgepose.stages import export
 
-        return export.export(checkpoint, opset, folder)
+        return export.export(source, opset, folder)
 
-    return _run(build, StageKey("export", {"checkpoint": build.digest}, {"opset": opset}, _EXPORT), work)
+    return _run(build, build.key("export", {"checkpoint": build.digest}, {"opset": opset}, _EXPORT), work)
 
 
 def _engines(build: _Build, exported: StageResult) -> Engines:
@@ -398,9 +435,10 @@ def _network_file(exported: StageResult) -> Path:
 def _chain(build: _Build) -> dict[str, str]:
     """The same whether the compressed checkpoint was made now, found in the zoo or handed over."""
     card = read_card(build.checkpoint)
-    trained = [entry for entry in card.lineage if entry.stage == "train" and "train" in entry.inputs]
-    chain = {"dataset": trained[0].inputs["train"]} if trained else {}
-    compression = [entry for entry in card.lineage if entry.stage != "train"]
+    trained = [place for place, entry in enumerate(card.lineage) if entry.stage == "train"]
+    last = trained[-1] if trained else -1  # what came before it, the weights that training began with included
+    chain = {"dataset": card.lineage[last].inputs["train"]} if trained and "train" in card.lineage[last].inputs else {}
+    compression = [entry for entry in card.lineage[last + 1 :] if entry.stage != "transfer"]
     if not compression:
         return {**chain, "checkpoint": card.weights_sha256}
     chain["checkpoint"] = compression[0].inputs["checkpoint"]

@@ -15,6 +15,7 @@ import pytest
 
 from edgepose.blocks import zoo
 from edgepose.blocks.card import Card, Lineage, read_card
+from edgepose.blocks.checkpoint import load_checkpoint
 from edgepose.bundle import check_engine, read_bundle, verify_bundle, write_bundle
 from edgepose.compiler import CompileRequest, compile_bundle, planned_stages
 from edgepose.data.coco import dataset
@@ -417,6 +418,31 @@ def test_a_limit_without_a_figure_to_judge_it_by_is_an_error(tiny: Tiny) -> None
         check_budget(recipe, [stage("ptq", 0.5)], card_of(tiny, trained, *unknown.lineage))
     with pytest.raises(AnnotationError, match="nobody with a complete torso"):
         check_budget(recipe, [stage("reference", 0.5), stage("ptq", None)], unknown)
+
+
+def test_of_several_trainings_the_last_one_counts(tiny: Tiny) -> None:
+    recipe = with_limit(quick("ptq-int8"), 5)
+    small, large = (
+        Lineage("train", {}, {"dev": "d", "train": share}, {"curve": [{"pck_torso_0.2": figure}], "best_epoch": 0})
+        for share, figure in (("first", 0.4), ("second", 0.6))
+    )
+    transferred = Lineage("transfer", {}, {"checkpoint": "c"}, {})
+    card = card_of(tiny, small, transferred, large, Lineage("ptq", {}, {"dev": "d"}, {}))
+    with pytest.raises(AccuracyRegression, match=r"60\.00 → 50\.00"):
+        check_budget(recipe, [stage("ptq", 0.5)], card)
+
+
+def test_the_chain_begins_with_the_last_training(tiny: Tiny, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(tiny.checkpoint)
+    first = Lineage("train", {}, {"train": "other people"}, {})
+    transferred = Lineage("transfer", {}, {"checkpoint": "c" * 64}, {})
+    card = msgspec.structs.replace(checkpoint.card, lineage=(first, transferred, *checkpoint.card.lineage))
+    copy_checkpoint(tiny.checkpoint, tmp_path / "moved", card)
+    request = request_of(tiny, quick("fp32"), tmp_path / "moved.bundle", model=str(tmp_path / "moved"))
+    chain = compile_bundle(request).bundle.manifest.chain
+    assert chain["dataset"] == checkpoint.card.lineage[0].inputs["train"]
+    assert chain["checkpoint"] == checkpoint.digest
+    assert "compressed" not in chain
 
 
 def test_a_limit_for_keypoints_without_a_torso(tiny: Tiny) -> None:

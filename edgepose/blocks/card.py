@@ -1,6 +1,7 @@
 """The card beside a checkpoint's weights: architecture, lineage, metrics. No tensors here, and no torch.
 
-Invariant: a card is complete: with it and its weights file the network can be built, run and judged.
+Invariant: a card is complete: with it and its weights file the network can be built, run and judged; a network of the
+user's own needs the user's module besides, because no code is ever read from a card.
 """
 
 from __future__ import annotations
@@ -33,12 +34,24 @@ class Lineage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     report: dict[str, Any]
 
 
+class OwnModule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A module of the user's own.
+
+    Attributes:
+        spec: What it eats and says.
+        structure: Digest of all that it computes by besides its tensors; see `stages.networks.structure_of`.
+    """
+
+    spec: ModelSpec
+    structure: str
+
+
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All that is known of a checkpoint besides its tensors.
 
     Attributes:
         name: Name of the network.
-        architecture: Its configuration before any pruning.
+        architecture: Its configuration before any pruning; None for a module of the user's own.
         keypoints: The keypoint set it predicts.
         weights_sha256: Digest of the safetensors file.
         lineage: The stages it went through, first to last.
@@ -46,10 +59,11 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         quantisation: What re-creates the fake-quantised module around the tensors, None where it is not quantised.
         metrics: Final figures by data set and metric.
         notes: Data, terms and limits, for people.
+        own: The user's module; None where `architecture` says how to build the network.
     """
 
     name: str
-    architecture: KPEConfig
+    architecture: KPEConfig | None
     keypoints: Keypoints
     weights_sha256: str
     lineage: tuple[Lineage, ...] = ()
@@ -58,11 +72,33 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: dict[str, dict[str, float]] = {}
     notes: str = ""
     schema: int = SCHEMA
+    own: OwnModule | None = None
+
+    @property
+    def kpe(self) -> KPEConfig:
+        """The configuration of a KPE network.
+
+        Raises:
+            CheckpointError: It is a module of the user's own.
+        """
+        if self.architecture is None:
+            raise CheckpointError(
+                f"network {self.name}",
+                found="a module of the user's own" if self.own else "a card without an architecture",
+                expected="a network that edgepose can build",
+                fix="use it in the program that has the module, or take a network of the zoo",
+            )
+        return self.architecture
 
     @property
     def spec(self) -> ModelSpec:
-        """The specification of the network's inputs and outputs."""
-        return msgspec.structs.replace(spec_of(self.architecture, self.keypoints), name=self.name)
+        """The specification of the network's inputs and outputs.
+
+        Raises:
+            CheckpointError: The card says nothing of the network.
+        """
+        spec = self.own.spec if self.own is not None else spec_of(self.kpe, self.keypoints)
+        return msgspec.structs.replace(spec, name=self.name)
 
 
 def paths_of(path: Path | str) -> tuple[Path, Path]:

@@ -83,7 +83,7 @@ def transfer(
         The network, and what became of its tensors.
 
     Raises:
-        CheckpointError: The source is compressed, or nothing of its backbone fits.
+        CheckpointError: The source is compressed or a module of the user's own, or nothing of its backbone fits.
         SpecError: The configuration cannot be built.
     """
     card = checkpoint.card
@@ -108,7 +108,7 @@ def transfer(
     if not any(name.startswith("backbone.") and "num_batches" not in name for name in kinds["taken"]):
         raise _nothing_fits(checkpoint, config)
     network.load_state_dict(state)
-    identity = (*_deepen(network, card.architecture, config), *_refine(network, card.architecture, config))
+    identity = (*_deepen(network, card.kpe, config), *_refine(network, card.kpe, config))
     known = tuple(name for name in keypoints.names if name in card.keypoints.names)
     unknown = tuple(name for name in keypoints.names if name not in known)
     listed = {kind: tuple(names) for kind, names in kinds.items()}
@@ -129,7 +129,7 @@ def continued(checkpoint: Checkpoint, report: TransferReport, config: KPEConfig)
 
 
 def _nothing_fits(checkpoint: Checkpoint, config: KPEConfig) -> CheckpointError:
-    theirs = checkpoint.card.architecture
+    theirs = checkpoint.card.kpe
     return CheckpointError(
         f"transfer from {checkpoint.card.name}",
         found=f"a {theirs.backbone} backbone of widths {theirs.widths}, stem {theirs.stem}, of which nothing fits",
@@ -152,7 +152,7 @@ class _Source:
 
     def __init__(self, checkpoint: Checkpoint, network: nn.Module, config: KPEConfig, keypoints: Keypoints) -> None:
         card = checkpoint.card
-        self.config, self.target = card.architecture, config
+        self.config, self.target = card.kpe, config
         self.tensors = checkpoint.tensors
         names = card.keypoints.names
         self.pairs = [(new, names.index(name)) for new, name in enumerate(keypoints.names) if name in names]

@@ -144,7 +144,7 @@ def _architecture(model: str | None, start: Card | None, changes: Mapping[str, A
         if start is None:
             expected = f"--model, one of {', '.join(PRESETS)}, or --from with a checkpoint"
             raise UsageError("command line", found="no architecture", expected=expected)
-        config = start.architecture
+        config = start.kpe
     elif model in PRESETS:
         config = PRESETS[model]
     else:

@@ -77,15 +77,7 @@ def foldable_pairs(model: nn.Module) -> tuple[tuple[str, str], ...]:
     Raises:
         CheckpointError: torch.fx cannot trace the module.
     """
-    try:
-        graph = fx.Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as err:
-        raise CheckpointError(
-            f"folding batch normalisation of {type(model).__name__}",
-            found=f"a network that torch.fx cannot trace ({err})",
-            expected="no control flow that depends on tensor values",
-            fix="move such code out of forward",
-        ) from err
+    graph = trace(model)
     modules = dict(model.named_modules())
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     pairs = []
@@ -100,6 +92,23 @@ def foldable_pairs(model: nn.Module) -> tuple[tuple[str, str], ...]:
         if once and isinstance(layer, _FOLDABLE) and norm.running_mean is not None:
             pairs.append((str(source.target), str(node.target)))
     return tuple(pairs)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of a network's forward; every compression goes by it.
+
+    Raises:
+        CheckpointError: torch.fx cannot trace the module.
+    """
+    try:
+        return fx.Tracer().trace(model)
+    except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as err:
+        raise CheckpointError(
+            f"tracing {type(model).__name__}",
+            found=f"a network that torch.fx cannot trace ({err})",
+            expected="no control flow that depends on tensor values",
+            fix="move such code out of forward",
+        ) from err
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def _float_figure(stages: Sequence[StageResult], card: Card) -> float:
         if stage.stage == "reference":
             return _figure(stage.report["dev"], stage.stage)
     dev = card.lineage[-1].inputs.get("dev")
-    for entry in card.lineage:
+    for entry in reversed(card.lineage):  # what was trained last; other trainings may have led up to it
         if entry.stage == "train" and entry.inputs.get("dev") == dev:
             return _figure(entry.report["curve"][entry.report["best_epoch"]], entry.stage)
     raise CheckpointError(

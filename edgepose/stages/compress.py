@@ -22,6 +22,7 @@ from edgepose.data.coco import PoseDataset
 from edgepose.spec import ModelSpec
 from edgepose.stages.networks import load_network
 from edgepose.stages.settings import PruneStage, QuantiseStage
+from edgepose.stages.source import Source
 from edgepose.training.batches import AugmentedPeople, to_input
 from edgepose.training.config import TrainConfig
 from edgepose.training.loop import RunOptions, dev_metrics, fit
@@ -48,13 +49,13 @@ class StageData:
         return {"train": self.train.digest, "dev": self.dev.digest}
 
 
-def reference(source: Path, data: StageData, _folder: Path) -> dict[str, Any]:
+def reference(source: Source | Path, data: StageData, _folder: Path) -> dict[str, Any]:
     """Measure the checkpoint that is to be compressed on dev."""
     network, checkpoint = load_network(source)
     return {"dev": _figures(network, checkpoint.card.spec, data)}
 
 
-def prune(source: Path, data: StageData, settings: PruneStage, folder: Path) -> dict[str, Any]:
+def prune(source: Source | Path, data: StageData, settings: PruneStage, folder: Path) -> dict[str, Any]:
     """Remove channels, then repair the normalisation statistics on training people."""
     from edgepose.compress.plan import PruneConfig, apply_pruning
     from edgepose.compress.prune import plan_pruning, reestimate_batch_norm
@@ -83,7 +84,7 @@ def prune(source: Path, data: StageData, settings: PruneStage, folder: Path) -> 
 
 
 def recover(
-    source: Path, teacher: Path, data: StageData, config: TrainConfig, run: tuple[Path, RunOptions]
+    source: Source | Path, teacher: Source | Path, data: StageData, config: TrainConfig, run: tuple[Path, RunOptions]
 ) -> dict[str, Any]:
     """Fine-tune a pruned network with the unpruned one as teacher."""
     network, checkpoint = load_network(source)
@@ -94,7 +95,9 @@ def recover(
     return report
 
 
-def quantise(source: Path, data: StageData, config: QuantiseStage, run: tuple[Path, RunOptions]) -> dict[str, Any]:
+def quantise(
+    source: Source | Path, data: StageData, config: QuantiseStage, run: tuple[Path, RunOptions]
+) -> dict[str, Any]:
     """Fold, calibrate and, with `config.training`, fine-tune; the float network is the teacher."""
     from edgepose.compress.quantise import QuantiseConfig, placement_of, prepare, tensors_of
 

@@ -22,13 +22,14 @@ from edgepose.export.qdq import dialect_for, quantised_onnx
 from edgepose.pose.preprocess import crop_transforms, normalise, warp
 from edgepose.spec import Backend, ModelSpec
 from edgepose.stages.networks import load_network
+from edgepose.stages.source import Source
 from edgepose.training.session import TorchSession
 
 FLOAT_ONNX, MODEL, RANGES, GOLDEN = "float.onnx", "model.onnx", "ranges.json", "golden.npz"
 _GOLDEN_PEOPLE = 16
 
 
-def export(source: Path, opset: int, folder: Path) -> dict[str, Any]:
+def export(source: Source | Path, opset: int, folder: Path) -> dict[str, Any]:
     """Write the float network, with its ranges and the quantised network beside it, and the torch network's answers."""
     network, checkpoint = load_network(source)
     spec = checkpoint.card.spec
