@@ -158,6 +158,13 @@ class ORN(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.constant_(self.log_error.bias, math.log(_EXPECTED_PX))
 
+    @torch.no_grad()
+    def correct(self, scale: float, shift: float, log_factor: float) -> None:
+        """Replace visibility logits z by scale·z + shift, and multiply expected errors by exp(log_factor)."""
+        self.visibility.weight.mul_(scale)
+        self.visibility.bias.mul_(scale).add_(shift)
+        self.log_error.bias.add_(log_factor)
+
     def forward(self, features: tuple[Tensor, Tensor], maps: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the block.
 

@@ -125,6 +125,7 @@ class Training:
             },
             "curve": list(result.curve),
             "best_epoch": result.best_epoch,
+            **({"calibration": result.calibration} if result.calibration else {}),
         }
         return Lineage("train", msgspec.to_builtins(self.config), inputs, report)
 

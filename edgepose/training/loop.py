@@ -6,19 +6,15 @@ sees the same batches as one that was not; the best epoch is chosen on `dev` alo
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import inspect
 import io
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import msgspec
@@ -33,10 +29,12 @@ from edgepose.pose import metrics
 from edgepose.spec import ModelSpec
 from edgepose.storage import atomic_write
 from edgepose.training.batches import AugmentedPeople, Batch, to_input
+from edgepose.training.calibrate import calibrate_visibility
 from edgepose.training.config import TrainConfig
 from edgepose.training.objective import Objective
 from edgepose.training.optimizers import make_optimizers
 from edgepose.training.predict import Crops, cut_crops, predict
+from edgepose.training.process import stop_signals, tune_allocator
 
 
 class Observer(Protocol):
@@ -82,10 +80,12 @@ class FitResult:
     Attributes:
         curve: One row per epoch: epoch, loss, seconds, and the metrics on dev.
         best_epoch: Row that was kept.
+        calibration: What was folded into the visibility head and the expected errors afterwards; empty for nothing.
     """
 
     curve: tuple[dict[str, float], ...]
     best_epoch: int
+    calibration: dict[str, float] = field(default_factory=dict)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -142,7 +142,7 @@ def fit(
     # Closing ends the workers before the interpreter does, which would wait for them for ever.
     remaining = range(run.state.step, total)
     with (
-        _stop_signals() as stopped,
+        stop_signals() as stopped,
         _masking(model, config.masking),
         closing(people.numbers(remaining, options.workers)) as batches,
     ):
@@ -162,7 +162,11 @@ def fit(
                 raise Interrupted
     model.load_state_dict(run.state.best)
     model.eval()
-    return FitResult(tuple(run.state.curve), run.state.best_epoch)
+    # Fake-quantised networks (their forward pass is replaced) have learnt from a teacher who is calibrated, and scaling
+    # their weights would take them out of the quantisers' ranges.
+    calibrated = spec.visibility != "" and "forward" not in vars(model)
+    calibration = calibrate_visibility(model, spec, data[1], config) if calibrated else {}
+    return FitResult(tuple(run.state.curve), run.state.best_epoch, calibration)
 
 
 _SAVE_EVERY_S = 180.0
@@ -315,17 +319,6 @@ class _Run:
         self.state = _State(content["averaged"], **content["scalars"], curve=content["curve"], best=content["best"])
 
 
-def tune_allocator() -> None:
-    """Let glibc keep freed tensors instead of handing them back to the kernel at every step, which costs time."""
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
-
-
 def _channels_last(model: nn.Module) -> nn.Module:
     moved: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     return moved
@@ -397,24 +390,3 @@ def _masking(model: nn.Module, share: float) -> Iterator[None]:
     finally:
         for block in blocks:
             block.share = 0.0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that a run stops between steps; a second one stops it at once."""
-    stopped = threading.Event()
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    previous: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

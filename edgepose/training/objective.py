@@ -39,6 +39,8 @@ class Objective(nn.Module):
         self._located = [names.index(name) for name in output_names(spec.decoder)]
         self._visibility = names.index(spec.visibility) if spec.visibility else None
         self._log_error = names.index(spec.uncertainty) if spec.uncertainty else None
+        spoken_for = {*self._located, self._visibility, self._log_error}
+        self._others = [place for place in range(len(names)) if place not in spoken_for]
 
     def forward(self, stages: Sequence[Stage], batch: Batch, taught: Outputs | None = None) -> Tensor:
         """The loss.
@@ -75,10 +77,11 @@ class Objective(nn.Module):
         return loss
 
     def _told_by_teacher(self, outputs: Outputs, taught: Outputs) -> Tensor | float:
-        """What the network says of itself, against the teacher.
+        """What the network says of itself, and what else it puts out, against the teacher.
 
         Not against labels: fine-tuning often runs without occlusion, where nearly all is visible, and would undo the
-        calibration that the teacher has.
+        calibration that the teacher has. Nobody here knows labels of outputs that the specification only lists, so
+        fine-tuning holds them where they are.
         """
         loss: Tensor | float = 0.0
         if self._visibility is not None and self._visibility < len(taught):
@@ -88,4 +91,9 @@ class Objective(nn.Module):
         if self._log_error is not None and self._log_error < len(taught):
             said = F.l1_loss(outputs[self._log_error].float(), taught[self._log_error].float())
             loss = loss + self.config.uncertainty_weight * said
+        for place in self._others:
+            if place < len(taught):
+                target = taught[place].float()
+                spread = target.var(correction=0).clamp(min=1e-6)
+                loss = loss + F.mse_loss(outputs[place].float(), target) / spread
         return loss
