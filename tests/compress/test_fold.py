@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgepose.compress.fold import fold_batch_norms, foldable_pairs
+from edgepose.compress.fold import fold_batch_norms, fold_branches, foldable_pairs
 from edgepose.errors import CheckpointError
 
 
@@ -87,6 +87,51 @@ def test_what_cannot_be_folded_exactly_stays(kind: type[nn.Module]) -> None:
     assert foldable_pairs(model) == ()
     images = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(fold_batch_norms(model)(images), model(images))
+
+
+class Twice(nn.Module):
+    """x + x as two branches; folds to one multiplication."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = inner or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y + y
+
+    def fold_branches(self) -> nn.Module:
+        double = nn.Conv2d(3, 3, 1, groups=3, bias=False)
+        nn.init.constant_(double.weight, 2.0)
+        return nn.Sequential(self.inner, double).train(self.training)
+
+
+def test_branches_fold_wherever_they_stand_and_before_normalisations() -> None:
+    shared = Twice()
+    model = nn.Sequential(Twice(Twice()), shared, nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model.add_module("again", nn.Sequential(nn.Conv2d(4, 3, 1), shared))
+    randomised(model)
+    images = torch.randn(2, 3, 5, 5)
+    folded = fold_branches(model)
+    torch.testing.assert_close(folded(images), model(images))
+    assert not any(isinstance(part, Twice) for part in folded.modules())
+    assert folded.get_submodule("1") is folded.get_submodule("again.1")
+    assert any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    assert sum(isinstance(part, Twice) for part in model.modules()) == 3
+    both = fold_batch_norms(model)
+    torch.testing.assert_close(both(images), model(images), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(part, nn.BatchNorm2d | Twice) for part in both.modules())
+
+
+def test_a_network_that_is_one_block_with_branches_folds_too() -> None:
+    images = torch.randn(2, 3, 5, 5)
+    assert torch.equal(fold_branches(Twice())(images), 2 * images)
+
+
+def test_folding_branches_keeps_the_training_mode() -> None:
+    model = nn.Sequential(Twice(), nn.Conv2d(3, 4, 1)).train()
+    assert all(part.training for part in fold_branches(model).modules())
+    assert not any(part.training for part in fold_branches(model.eval()).modules())
 
 
 class DataDependent(nn.Module):

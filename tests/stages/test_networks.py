@@ -17,7 +17,7 @@ from edgepose.blocks.config import KPEConfig
 from edgepose.blocks.kpe import build
 from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.plan import PruneConfig, PruningPlan, apply_pruning
-from edgepose.compress.prune import plan_pruning
+from edgepose.compress.prune import plan_pruning, reestimate_batch_norm
 from edgepose.errors import CheckpointError, IntegrityError
 from edgepose.spec import Keypoints
 from edgepose.stages.networks import load_network
@@ -108,6 +108,34 @@ def test_a_pruned_and_fake_quantised_network_comes_back(tmp_path: Path, plan: Pr
     save_checkpoint(tmp_path / "full", msgspec.structs.replace(card, plan=None), tensors_of(wrapped))
     with pytest.raises(CheckpointError):
         load_network(tmp_path / "full")
+
+
+@pytest.mark.parametrize("kind", ["inverted", "reparameterised"])
+def test_other_kinds_come_back_from_every_stage(tmp_path: Path, kind: str) -> None:
+    """Branches are there until something was pruned or quantised, and nobody who loads has to know."""
+    from edgepose.compress.quantise import QuantiseConfig, placement_of, prepare, tensors_of
+
+    fields = {**msgspec.to_builtins(CONFIG), "backbone": kind, "input_hw": (32, 32), "widths": (8, 8, 8, 8)}
+    config, images = msgspec.convert(fields, KPEConfig), IMAGES[..., :32, :32].contiguous()
+    trained = build(config, KEYPOINTS, seed=3)
+    reestimate_batch_norm(trained, [images])
+    plan = plan_pruning(trained, images, PruneConfig(ratio=0.4, round_to=2, min_channels=2))
+    pruned = apply_pruning(trained, plan)
+    quantised = prepare(fold_batch_norms(trained), [images], QuantiseConfig(subset_size=2))
+    both = prepare(fold_batch_norms(pruned), [images], QuantiseConfig(subset_size=2))
+    card = Card("tiny", config, KEYPOINTS, "")
+    planned = msgspec.structs.replace(card, plan=msgspec.to_builtins(plan))
+    for stage, network, described in (
+        ("train", trained.eval(), card),
+        ("prune", pruned.eval(), planned),
+        ("ptq", quantised, msgspec.structs.replace(card, quantisation=msgspec.to_builtins(placement_of(quantised)))),
+        ("both", both, msgspec.structs.replace(planned, quantisation=msgspec.to_builtins(placement_of(both)))),
+    ):
+        tensors = network.state_dict() if described.quantisation is None else tensors_of(network)
+        save_checkpoint(tmp_path / stage, described, tensors)
+        loaded, _ = load_network(tmp_path / stage)
+        with torch.no_grad():
+            assert all(torch.equal(a, b) for a, b in zip(loaded(images), network(images), strict=True)), stage
 
 
 def test_weights_and_plan_must_belong_together(tmp_path: Path, plan: PruningPlan) -> None:

@@ -22,15 +22,18 @@ class RepBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
+        self.stride = stride
         self.conv3 = conv_bn(inputs, outputs, 3, stride)
-        self.conv1 = conv_bn(inputs, outputs, 1, stride)
+        self.conv1 = conv_bn(inputs, outputs, 1)
         self.identity = nn.BatchNorm2d(inputs) if stride == 1 and inputs == outputs else None
         # Only watches: variances of branches do not add up to the variance of their sum, which `fold_branches` needs.
         self.total = nn.BatchNorm2d(outputs, affine=False)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv3(x) + self.conv1(x)
+        # Not a strided 1x1 convolution: for less than 16 channels, its gradient corrupts memory in torch's CPU kernels
+        # for channels_last (oneDNN issue 6035).
+        out = self.conv3(x) + self.conv1(x[..., :: self.stride, :: self.stride])
         if self.identity is not None:
             out = out + self.identity(x)
         if self.total.training:
@@ -49,7 +52,7 @@ class RepBlock(nn.Module):
         mean, variance = self.total.running_mean, self.total.running_var
         assert mean is not None
         assert variance is not None
-        fused = conv_bn(conv.in_channels, conv.out_channels, 3, conv.stride[0]).to(conv.weight)
+        fused = conv_bn(conv.in_channels, conv.out_channels, 3, self.stride).to(conv.weight)
         merged, norm = fused[0], fused[1]
         assert isinstance(merged, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
