@@ -5,11 +5,21 @@ Invariant: importing this costs NumPy and msgspec only, so that a rerun can be r
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 import msgspec
 
-from edgepose.spec import Decoder, Heatmap, Keypoints, ModelSpec, PositiveInt, Preprocess, SimCC, TensorSpec
+from edgepose.spec import (
+    Decoder,
+    Heatmap,
+    Keypoints,
+    ModelSpec,
+    PositiveInt,
+    Preprocess,
+    Regression,
+    SimCC,
+    TensorSpec,
+)
 
 
 class ORNConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +66,29 @@ class KPEConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     orn: ORNConfig | None = None
 
 
+class LossConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a keypoint network's errors are weighed; `losses.make_loss` turns it into a loss.
+
+    Attributes:
+        kind: "default": cross-entropy for SimCC, squared error for heat maps, residual log-likelihood for coordinates.
+            "mse": squared error of probabilities, maps or coordinates. "kl": Kullback-Leibler divergence from the
+            labels, for SimCC and heat maps. "wing": the wing loss of the coordinates; where these are read out of bins
+            or maps, beside the default loss.
+        ohkm: Only so many joints of each person count, those with the largest losses; 0 counts all.
+        hidden_weight: Weight of joints that are known to be hidden, against 1 of all others.
+        spatial: Weight of an auxiliary cross-entropy over the cells of SimCC's keypoint maps, which binds x and y.
+        wing_px: Errors above this are counted linearly, input pixels.
+        wing_curve_px: Curvature of the logarithm below: the smaller, the more small errors count; input pixels.
+    """
+
+    kind: Literal["default", "mse", "kl", "wing"] = "default"
+    ohkm: Annotated[int, msgspec.Meta(ge=0)] = 0
+    hidden_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    spatial: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    wing_px: Annotated[float, msgspec.Meta(gt=0)] = 10.0
+    wing_curve_px: Annotated[float, msgspec.Meta(gt=0)] = 2.0
+
+
 PRESETS: dict[str, KPEConfig] = {
     "kpe-t": KPEConfig("kpe-t", (160, 160), 16, (32, 64, 128, 192), (1, 2, 2, 2), 64),
     "kpe-s": KPEConfig("kpe-s", (160, 160), 32, (48, 96, 192, 256), (1, 2, 2, 2), 96),
@@ -65,6 +98,7 @@ PRESETS: dict[str, KPEConfig] = {
     "kpe-t-rep": KPEConfig(
         "kpe-t-rep", (160, 160), 16, (32, 64, 128, 192), (2, 4, 5, 4), 64, backbone="reparameterised"
     ),
+    "orn-s": KPEConfig("orn-s", (160, 160), 32, (48, 96, 192, 256), (1, 2, 2, 2), 96, orn=ORNConfig()),
 }
 """Networks by name; the zoo holds trained weights for some of them. Those of one size class cost about the same."""
 
@@ -72,17 +106,10 @@ PRESETS: dict[str, KPEConfig] = {
 def spec_of(config: KPEConfig, keypoints: Keypoints) -> ModelSpec:
     """The specification that goes with `kpe.build(config, keypoints)`."""
     height, width = config.input_hw
-    count = keypoints.count
-    decoder: Decoder
-    if config.head == "simcc":
-        decoder = SimCC(split_ratio=config.split_ratio)
-        outputs: tuple[TensorSpec, ...] = (
-            TensorSpec(decoder.x, ("batch", count, round(width * config.split_ratio))),
-            TensorSpec(decoder.y, ("batch", count, round(height * config.split_ratio))),
-        )
-    else:
-        decoder = Heatmap(stride=float(config.stride))
-        outputs = (TensorSpec(decoder.output, ("batch", count, height // config.stride, width // config.stride)),)
+    decoder, outputs = _decoding(config, keypoints.count)
+    robust = config.orn is not None
+    if robust:
+        outputs += tuple(TensorSpec(name, ("batch", keypoints.count)) for name in (_VISIBILITY, _LOG_ERROR))
     return ModelSpec(
         name=config.name,
         keypoints=keypoints,
@@ -90,4 +117,31 @@ def spec_of(config: KPEConfig, keypoints: Keypoints) -> ModelSpec:
         decoder=decoder,
         inputs=(TensorSpec("image", ("batch", 3, height, width)),),
         outputs=outputs,
+        visibility=_VISIBILITY if robust else "",
+        uncertainty=_LOG_ERROR if robust else "",
     )
+
+
+_VISIBILITY, _LOG_ERROR = "visibility", "log_error"
+
+
+def _decoding(config: KPEConfig, count: int) -> tuple[Decoder, tuple[TensorSpec, ...]]:
+    """How the head's outputs are read, and what they look like."""
+    height, width = config.input_hw
+    match config.head:
+        case "simcc":
+            simcc = SimCC(split_ratio=config.split_ratio)
+            return simcc, (
+                TensorSpec(simcc.x, ("batch", count, round(width * config.split_ratio))),
+                TensorSpec(simcc.y, ("batch", count, round(height * config.split_ratio))),
+            )
+        case "heatmap":
+            heatmap = Heatmap(stride=float(config.stride))
+            cells = (height // config.stride, width // config.stride)
+            return heatmap, (TensorSpec(heatmap.output, ("batch", count, *cells)),)
+        case "regression":
+            regression = Regression(config.input_hw)
+            names = (regression.keypoints, regression.scales)
+            return regression, tuple(TensorSpec(name, ("batch", count, 2)) for name in names)
+        case _:
+            assert_never(config.head)

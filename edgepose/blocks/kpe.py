@@ -6,16 +6,21 @@ backbone's own, except the keypoint outputs whose sizes the decoder fixes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's universal name
 from torch import Tensor, nn
 
 from edgepose.blocks.backbones import build_backbone, conv_bn, initialise
-from edgepose.blocks.config import KPEConfig
+from edgepose.blocks.config import KPEConfig, ORNConfig
+from edgepose.blocks.heads import Head, HeatmapHead, MapHead, Refinement, RegressionHead, SimCCHead, Stage
+from edgepose.blocks.orn import ORN, Sizes
 from edgepose.errors import SpecError
 from edgepose.spec import Keypoints
+
+__all__ = ["HeadKind", "KPEBlock", "KPENet", "SimCCHead", "TopDownNeck", "build"]
 
 
 class TopDownNeck(nn.Module):
@@ -41,67 +46,28 @@ class TopDownNeck(nn.Module):
         return out
 
 
-class SimCCHead(nn.Module):
-    """One map per keypoint, flattened and read by two linear layers shared over keypoints (Li et al., ECCV 2022)."""
-
-    def __init__(self, channels: int, num_keypoints: int, map_hw: tuple[int, int], bins_hw: tuple[int, int]) -> None:
-        super().__init__()
-        self.maps = nn.Conv2d(channels, num_keypoints, 1)
-        self.x = nn.Linear(map_hw[0] * map_hw[1], bins_hw[1])
-        self.y = nn.Linear(map_hw[0] * map_hw[1], bins_hw[0])
-        self.map_hw = map_hw
-
-    @torch.no_grad()
-    def start_as_projection(self) -> None:
-        """Start the linear layers as projections of the map onto its axes, interpolated to the bins.
-
-        From there SimCC learns as fast as a heat map does; from random weights it first has to find out which cell of
-        the flattened map lies where, which costs a small data set most of its epochs.
-        """
-        for axis, layer in enumerate((self.y, self.x)):
-            cells, bins = self.map_hw[axis], layer.out_features
-            step = bins / cells
-            centres = (torch.arange(cells) + 0.5) * step - 0.5
-            distance = (torch.arange(bins)[:, None] - centres[None, :]) / (0.6 * step)
-            profile = _PROJECTION_GAIN * torch.exp(-0.5 * distance.square())
-            shape = (bins, cells, 1) if axis == 0 else (bins, 1, cells)
-            layer.weight.mul_(0.1).add_(profile.reshape(shape).expand(bins, *self.map_hw).reshape(bins, -1))
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        flat = self.maps(features).flatten(2)
-        return self.x(flat), self.y(flat)
-
-
-_PROJECTION_GAIN = 0.05  # of one map cell on the logits: more makes the first steps overshoot
-
-
-class HeatmapHead(nn.Module):
-    """One heat map per keypoint through a 3x3 and a 1x1 convolution."""
-
-    def __init__(self, channels: int, num_keypoints: int) -> None:
-        super().__init__()
-        self.hidden = conv_bn(channels, channels, 3)
-        self.relu = nn.ReLU()
-        self.maps = nn.Conv2d(channels, num_keypoints, 1)
-
-    def start_near_zero(self) -> None:
-        """Start with almost empty maps, as labels are: from large random ones most epochs go into emptying them."""
-        nn.init.normal_(self.maps.weight, std=0.001)
-
-    def forward(self, features: Tensor) -> tuple[Tensor]:
-        return (self.maps(self.relu(self.hidden(features))),)
+HeadKind = Literal["simcc", "heatmap", "regression"]
 
 
 class KPEBlock(nn.Module):
-    """Keypoint estimation on the feature maps of any backbone.
+    """Keypoint estimation on the feature maps of any backbone: people, animals, objects.
+
+        block = KPEBlock((64, 128, 256), num_keypoints=9, map_hw=(28, 28), bins_hw=(448, 448))
+        initialise(block); block.start()  # before training from scratch
+        x, y = block([at_stride_8, at_stride_16, at_stride_32])  # (N, 9, 448) each: decode with SimCC(split_ratio=2)
 
     Args:
         in_channels: Channels of the feature maps, finest first; each map is half the size of the one before.
-        num_keypoints: Keypoints to predict.
-        map_hw: Height and width of the finest map.
-        bins_hw: SimCC bins in y and x; None gives heat maps at the finest map's resolution.
+        num_keypoints: Keypoints to predict, K.
+        map_hw: Height and width (h, w) of the finest map.
+        bins_hw: SimCC bins in y and x; None for any other head.
         width: Channels inside the block.
+        head: "simcc": logits (N, K, bins) of x and y. "heatmap": maps (N, K, h, w). "regression": shares (N, K, 2) of
+            the input's width and height, and the scales of their errors. None: SimCC with `bins_hw`, else heat maps.
+        refinements: Later stages, each fed with the maps of the one before (SimCC and heat maps only).
+
+    Raises:
+        SpecError: A head that cannot be refined, or bins for a head that has none.
     """
 
     def __init__(
@@ -112,20 +78,110 @@ class KPEBlock(nn.Module):
         *,
         bins_hw: tuple[int, int] | None,
         width: int = 64,
+        head: HeadKind | None = None,
+        refinements: int = 0,
     ) -> None:
         super().__init__()
+        kind = head or ("heatmap" if bins_hw is None else "simcc")
+        if (kind == "simcc") != (bins_hw is not None):
+            raise SpecError("KPEBlock: bins_hw", found=f"{bins_hw} for a {kind} head", expected="bins for simcc only")
+        if kind == "regression" and refinements:
+            raise SpecError(
+                "refinements",
+                found=f"{refinements} with a regression head",
+                expected="0: later stages better maps, and coordinates have none to hand on",
+                fix="choose the simcc or heatmap head, or no refinements",
+            )
         self.neck = TopDownNeck(in_channels, width)
-        self.head: nn.Module = (
-            HeatmapHead(width, num_keypoints) if bins_hw is None else SimCCHead(width, num_keypoints, map_hw, bins_hw)
+        self.head = _head(kind, width, num_keypoints, map_hw, bins_hw)
+        self.refinements = nn.ModuleList(
+            Refinement(width, num_keypoints, cast("MapHead", _head(kind, width, num_keypoints, map_hw, bins_hw)))
+            for _ in range(refinements)
+        )
+        self.orn: ORN | None = None
+        levels = len(in_channels) - 1
+        self._around = Sizes(
+            keypoints=num_keypoints,
+            channels=(width, in_channels[-1]),
+            map_hw=map_hw,
+            coarse_hw=(map_hw[0] >> levels, map_hw[1] >> levels),
+            outputs=((bins_hw[1],), (bins_hw[0],)) if bins_hw is not None else (map_hw,),
         )
 
+    def make_robust(self, config: ORNConfig) -> None:
+        """Put an occlusion-robust block on top: corrected outputs, then visibility and expected errors, (N, K) each.
+
+        Raises:
+            SpecError: The head says coordinates outright: nothing there can be corrected by adding to it.
+        """
+        if isinstance(self.head, RegressionHead):
+            raise SpecError(
+                "orn", found="a regression head", expected="a simcc or heatmap head", fix="choose one of these"
+            )
+        self.orn = ORN(config, self._around)
+
+    def start(self) -> None:
+        """Give heads and stages the weights that training starts from; call it after `backbones.initialise`."""
+        match self.head:
+            case SimCCHead():
+                self.head.start_as_projection()
+            case HeatmapHead():
+                self.head.start_near_zero()
+            case RegressionHead():
+                self.head.start_with_one_scale()
+        earlier = cast("MapHead", self.head)
+        for stage in self._stages():
+            stage.start_as_identity(earlier)
+            earlier = stage.head
+
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = self.head(self.neck(features))
-        return outputs
+        """Feature maps (N, C, h, w), finest first, to the last stage's outputs."""
+        merged = self.neck(features)
+        if not self.refinements and self.orn is None:
+            outputs: tuple[Tensor, ...] = self.head(merged)
+            return outputs
+        head: Head = self.head
+        maps = head.draw(merged)
+        for stage in self._stages():
+            head, maps = stage.head, stage(merged, maps)
+        return head.read(maps) if self.orn is None else self.orn((merged, features[-1]), maps, head.read(maps))
+
+    def stages(self, features: Sequence[Tensor]) -> list[Stage]:
+        """What every stage says, for supervision of all of them; the last one's outputs are those of `forward`."""
+        merged = self.neck(features)
+        maps = self.head.draw(merged)
+        said = [Stage(self.head.read(maps), maps)]
+        for stage in self._stages():
+            maps = stage(merged, maps)
+            said.append(Stage(stage.head.read(maps), maps))
+        if self.orn is not None:
+            said.append(Stage(self.orn((merged, features[-1]), maps, said[-1].outputs), maps))
+        return said
+
+    def _stages(self) -> Iterator[Refinement]:
+        for stage in self.refinements:
+            yield cast("Refinement", stage)
+
+
+def _head(
+    kind: HeadKind, width: int, num_keypoints: int, map_hw: tuple[int, int], bins_hw: tuple[int, int] | None
+) -> Head:
+    match kind:
+        case "simcc":
+            assert bins_hw is not None  # the block has made sure
+            return SimCCHead(width, num_keypoints, map_hw, bins_hw)
+        case "heatmap":
+            return HeatmapHead(width, num_keypoints)
+        case "regression":
+            return RegressionHead(width, num_keypoints, map_hw)
 
 
 class KPENet(nn.Module):
-    """A backbone with a KPE block: (N, 3, h, w) float32 → SimCC logits x and y, or heat maps."""
+    """A backbone with a KPE block: (N, 3, h, w) float32 → the tensors of `ModelSpec.outputs`.
+
+    Attributes:
+        refinements: Stages behind the first.
+    """
 
     def __init__(self, config: KPEConfig, num_keypoints: int) -> None:
         super().__init__()
@@ -139,18 +195,36 @@ class KPENet(nn.Module):
             (height // config.stride, width // config.stride),
             bins_hw=(round(height * config.split_ratio), round(width * config.split_ratio)) if simcc else None,
             width=config.neck,
+            head=config.head,
+            refinements=config.refinements,
         )
+        self.refinements = config.refinements
+        if config.orn is not None:
+            self.block.make_robust(config.orn)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.block(self.backbone(images)[self.first :])
         return outputs
+
+    def stages(self, images: Tensor) -> list[Stage]:
+        """What every stage says, first to last, for training; the last one's outputs are those of `forward`.
+
+        A fake-quantised copy has its quantisers in `forward` only, so it answers with the last stage, without maps.
+        """
+        if "forward" in vars(self):  # replaced on the instance, as NNCF does
+            return [Stage(self(images), None)]
+        return self.block.stages(self.backbone(images)[self.first :])
+
+    def stage_outputs(self, images: Tensor) -> list[tuple[Tensor, ...]]:
+        """The outputs of every stage, first to last: `stages` without the maps."""
+        return [stage.outputs for stage in self.stages(images)]
 
 
 def build(config: KPEConfig, keypoints: Keypoints, *, seed: int = 0) -> KPENet:
     """A freshly initialised network.
 
     Raises:
-        SpecError: The input size is not a multiple of 32.
+        SpecError: The input size is not a multiple of 32, or the head cannot be refined.
     """
     if any(side % 32 for side in config.input_hw):
         raise SpecError(f"{config.name}: input_hw", found=str(config.input_hw), expected="multiples of 32")
@@ -158,9 +232,5 @@ def build(config: KPEConfig, keypoints: Keypoints, *, seed: int = 0) -> KPENet:
         torch.manual_seed(seed)
         network = KPENet(config, keypoints.count)
         initialise(network)
-        head = network.block.head
-        if isinstance(head, SimCCHead):
-            head.start_as_projection()
-        elif isinstance(head, HeatmapHead):
-            head.start_near_zero()
+        network.block.start()
     return network

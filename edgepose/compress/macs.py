@@ -28,6 +28,10 @@ class Macs:
     total: int
     layers: dict[str, int]
 
+    def within(self, part: str) -> int:
+        """What a part of the network costs, by its module name ("block.refinements.0")."""
+        return sum(count for name, count in self.layers.items() if f"{name}.".startswith(f"{part}."))
+
 
 def count_macs(model: nn.Module, example: Tensor) -> Macs:
     """Multiply-accumulates of the convolutions and linear layers of `model`.

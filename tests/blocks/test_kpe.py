@@ -15,7 +15,7 @@ from edgepose.blocks.kpe import KPEBlock, SimCCHead, build
 from edgepose.compress.macs import count_macs
 from edgepose.data.render import LSP14
 from edgepose.errors import SpecError
-from edgepose.spec import Heatmap, Keypoints, ModelSpec, SimCC
+from edgepose.spec import Heatmap, Keypoints, ModelSpec, Regression, SimCC
 
 TINY = KPEConfig("tiny", (64, 96), 4, (8, 8, 16, 16), (1, 1, 1, 2), 8)
 THREE = Keypoints(("head", "left", "right"))
@@ -41,7 +41,7 @@ def test_presets_keep_their_budgets(name: str, gmac: float) -> None:
 
 
 @pytest.mark.parametrize("stride", [4, 8, 16, 32])
-@pytest.mark.parametrize("head", ["simcc", "heatmap"])
+@pytest.mark.parametrize("head", ["simcc", "heatmap", "regression"])
 def test_outputs_follow_the_specification(head: str, stride: int) -> None:
     config = msgspec.structs.replace(TINY, head=head, stride=stride)
     spec = spec_of(config, THREE)
@@ -64,13 +64,17 @@ def test_specifications_by_hand() -> None:
     assert heat.decoder == Heatmap(stride=4.0)
     assert [(o.name, o.shape) for o in heat.outputs] == [("heatmap", ("batch", 3, 16, 24))]
     assert msgspec.json.decode(msgspec.json.encode(heat), type=ModelSpec) == heat
+    said = spec_of(msgspec.structs.replace(TINY, head="regression"), THREE)
+    assert said.decoder == Regression((64, 96))
+    assert [(o.name, o.shape) for o in said.outputs] == [("keypoints", ("batch", 3, 2)), ("scales", ("batch", 3, 2))]
 
 
 @pytest.mark.parametrize("head", ["simcc", "heatmap"])
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_only_operators_that_every_backend_quantises(name: str, head: str) -> None:
     network = build(msgspec.structs.replace(PRESETS[name], head=head), LSP14)
-    leaves = {type(part) for part in network.modules() if not list(part.children())}
+    parts = [part for part in network.modules() if not isinstance(part, nn.ModuleList)]
+    leaves = {type(part) for part in parts if not list(part.children())}
     assert leaves <= {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Linear, nn.Identity}
     convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
     assert all(c.groups in (1, c.in_channels) for c in convolutions)  # plain or depthwise, none grouped
@@ -101,7 +105,7 @@ def test_input_sizes_are_multiples_of_32(input_hw: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"widths": [8, 8, 8]}, {"stride": 5}, {"head": "regression"}, {"stem": 0}, {"split_ratio": 0}]
+    "change", [{"widths": [8, 8, 8]}, {"stride": 5}, {"head": "offset"}, {"stem": 0}, {"refinements": -1}]
 )
 def test_malformed_configurations_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(msgspec.ValidationError):
@@ -133,7 +137,7 @@ def test_a_fresh_simcc_head_reads_a_cell_where_it_lies() -> None:
     assert abs(y - 5.5 * 16) <= 8
 
 
-@pytest.mark.parametrize("head", ["simcc", "heatmap"])
+@pytest.mark.parametrize("head", ["simcc", "heatmap", "regression"])
 def test_every_weight_learns(head: str) -> None:
     network = build(msgspec.structs.replace(TINY, head=head), THREE).train()
     outputs = network(torch.randn(3, 3, 64, 96))
