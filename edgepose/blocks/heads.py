@@ -64,6 +64,11 @@ class SimCCHead(nn.Module):
             layer.weight.mul_(0.1).add_(profile.reshape(shape).expand(bins, *self.map_hw).reshape(bins, -1))
             nn.init.zeros_(layer.bias)
 
+    def another(self) -> SimCCHead:
+        """A head of the same sizes with weights of its own."""
+        bins_hw = (self.y.out_features, self.x.out_features)
+        return SimCCHead(self.maps.in_channels, self.maps.out_channels, self.map_hw, bins_hw)
+
     @torch.no_grad()
     def start_like(self, earlier: SimCCHead) -> None:
         """Read maps as an earlier stage does, and draw next to nothing on top of its maps."""
@@ -105,6 +110,10 @@ class HeatmapHead(nn.Module):
     def start_near_zero(self) -> None:
         """Start with almost empty maps, as labels are: from large random ones most epochs go into emptying them."""
         nn.init.normal_(self.maps.weight, std=0.001)
+
+    def another(self) -> HeatmapHead:
+        """A head of the same sizes with weights of its own."""
+        return HeatmapHead(self.maps.in_channels, self.maps.out_channels)
 
     def start_like(self, _earlier: HeatmapHead) -> None:
         """Draw next to nothing on top of an earlier stage's maps."""
@@ -205,17 +214,16 @@ class Refinement(nn.Module):
     Only `head.draw` runs at inference in all stages but the last.
 
     Args:
-        channels: Channels of the features.
-        num_keypoints: Keypoints to predict.
-        head: The stage's own head, for features of `channels` channels.
+        first: The first stage's head; the stage gets one of its own that is like it.
     """
 
-    def __init__(self, channels: int, num_keypoints: int, head: MapHead) -> None:
+    def __init__(self, first: MapHead) -> None:
         super().__init__()
+        channels, num_keypoints = first.maps.in_channels, first.maps.out_channels
         self.mix = conv_bn(num_keypoints, num_keypoints, 1)
         self.clip = nn.ReLU6()
         self.block = ResidualBlock(channels + num_keypoints, channels)
-        self.head = head
+        self.head = first.another()
 
     def start_as_identity(self, earlier: MapHead) -> None:
         """Begin very close to what the stage before says, read by `earlier`."""

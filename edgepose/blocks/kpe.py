@@ -53,6 +53,7 @@ class KPEBlock(nn.Module):
     """Keypoint estimation on the feature maps of any backbone: people, animals, objects.
 
         block = KPEBlock((64, 128, 256), num_keypoints=9, map_hw=(28, 28), bins_hw=(448, 448))
+        block.make_refined(1)  # if you like
         initialise(block); block.start()  # before training from scratch
         x, y = block([at_stride_8, at_stride_16, at_stride_32])  # (N, 9, 448) each: decode with SimCC(split_ratio=2)
 
@@ -64,10 +65,9 @@ class KPEBlock(nn.Module):
         width: Channels inside the block.
         head: "simcc": logits (N, K, bins) of x and y. "heatmap": maps (N, K, h, w). "regression": shares (N, K, 2) of
             the input's width and height, and the scales of their errors. None: SimCC with `bins_hw`, else heat maps.
-        refinements: Later stages, each fed with the maps of the one before (SimCC and heat maps only).
 
     Raises:
-        SpecError: A head that cannot be refined, or bins for a head that has none.
+        SpecError: Bins for a head that has none, or none for SimCC.
     """
 
     def __init__(
@@ -79,25 +79,14 @@ class KPEBlock(nn.Module):
         bins_hw: tuple[int, int] | None,
         width: int = 64,
         head: HeadKind | None = None,
-        refinements: int = 0,
     ) -> None:
         super().__init__()
         kind = head or ("heatmap" if bins_hw is None else "simcc")
         if (kind == "simcc") != (bins_hw is not None):
             raise SpecError("KPEBlock: bins_hw", found=f"{bins_hw} for a {kind} head", expected="bins for simcc only")
-        if kind == "regression" and refinements:
-            raise SpecError(
-                "refinements",
-                found=f"{refinements} with a regression head",
-                expected="0: later stages better maps, and coordinates have none to hand on",
-                fix="choose the simcc or heatmap head, or no refinements",
-            )
         self.neck = TopDownNeck(in_channels, width)
         self.head = _head(kind, width, num_keypoints, map_hw, bins_hw)
-        self.refinements = nn.ModuleList(
-            Refinement(width, num_keypoints, cast("MapHead", _head(kind, width, num_keypoints, map_hw, bins_hw)))
-            for _ in range(refinements)
-        )
+        self.refinements = nn.ModuleList()
         self.orn: ORN | None = None
         levels = len(in_channels) - 1
         self._around = Sizes(
@@ -107,6 +96,21 @@ class KPEBlock(nn.Module):
             coarse_hw=(map_hw[0] >> levels, map_hw[1] >> levels),
             outputs=((bins_hw[1],), (bins_hw[0],)) if bins_hw is not None else (map_hw,),
         )
+
+    def make_refined(self, stages: int) -> None:
+        """Put stages behind the head, each of which sees the maps of the one before and betters them.
+
+        Raises:
+            SpecError: The head says coordinates outright.
+        """
+        if isinstance(self.head, RegressionHead) and stages:
+            raise SpecError(
+                "refinements",
+                found=f"{stages} with a regression head",
+                expected="0: later stages better maps, and coordinates have none to hand on",
+                fix="choose the simcc or heatmap head, or no refinements",
+            )
+        self.refinements.extend(Refinement(cast("MapHead", self.head)) for _ in range(stages))
 
     def make_robust(self, config: ORNConfig) -> None:
         """Put an occlusion-robust block on top: corrected outputs, then visibility and expected errors, (N, K) each.
@@ -196,9 +200,9 @@ class KPENet(nn.Module):
             bins_hw=(round(height * config.split_ratio), round(width * config.split_ratio)) if simcc else None,
             width=config.neck,
             head=config.head,
-            refinements=config.refinements,
         )
         self.refinements = config.refinements
+        self.block.make_refined(config.refinements)
         if config.orn is not None:
             self.block.make_robust(config.orn)
 

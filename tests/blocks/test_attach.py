@@ -215,7 +215,8 @@ def test_the_specification_follows_from_a_run() -> None:
 
 def test_every_stage_of_the_block_is_there_for_training() -> None:
     torch.manual_seed(0)
-    refined = KPEBlock((6, 8), 3, (16, 24), bins_hw=(128, 192), width=8, refinements=1)
+    refined = KPEBlock((6, 8), 3, (16, 24), bins_hw=(128, 192), width=8)
+    refined.make_refined(1)
     network = attach(Classifier(), refined, out=("layer1", "layer2"), input_hw=HW, keep=("stem",)).eval()
     first, last = network.stages(images())
     assert len(first.outputs) == 2

@@ -198,7 +198,8 @@ def test_bins_belong_to_simcc() -> None:
 
 
 def test_a_block_of_its_own_starts_like_a_networks() -> None:
-    block = KPEBlock((5, 7), 9, (6, 4), bins_hw=(48, 32), width=8, refinements=1)  # an animal, say
+    block = KPEBlock((5, 7), 9, (6, 4), bins_hw=(48, 32), width=8)  # an animal, say
+    block.make_refined(1)
     initialise(block)
     block.start()
     assert isinstance(block.head, SimCCHead)
