@@ -1,0 +1,88 @@
+"""Calibration: probabilities and expected errors become right on unseen people, keypoints stay where they are."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from edgepose.blocks.config import ORNConfig, spec_of
+from edgepose.blocks.kpe import KPENet, build
+from edgepose.data.augment import OcclusionConfig
+from edgepose.data.coco import PoseDataset
+from edgepose.training.calibrate import calibrate_visibility
+from edgepose.training.config import TrainConfig
+from tests.training.dots import CONFIG, KEYPOINTS, NETWORK, dots
+
+ROBUST = msgspec.structs.replace(NETWORK, orn=ORNConfig(16, 1))
+SPEC = spec_of(ROBUST, KEYPOINTS)
+OCCLUDED = msgspec.structs.replace(CONFIG, augment=msgspec.structs.replace(CONFIG.augment, occlusion=OcclusionConfig()))
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> PoseDataset:
+    return dots(tmp_path_factory.mktemp("dots"), "dev", 24, seed=5)
+
+
+def network() -> KPENet:
+    """Its visibility head sums up the middle of the picture: dark is hidden, and far too sure of it."""
+    made = build(ROBUST, KEYPOINTS).eval()
+    assert made.block.orn is not None
+    nn.init.normal_(made.block.orn.visibility.weight, std=3.0, generator=torch.Generator().manual_seed(2))
+    nn.init.constant_(made.block.orn.log_error.bias, 0.0)
+    return made
+
+
+def calibrated(people: PoseDataset, config: TrainConfig = OCCLUDED) -> tuple[dict[str, float], KPENet, KPENet]:
+    before, after = network(), network()
+    report = calibrate_visibility(after, SPEC, people, config)
+    return report, before, after
+
+
+def test_a_second_calibration_finds_next_to_nothing_to_correct(people: PoseDataset) -> None:
+    first, _, after = calibrated(people)
+    again = calibrate_visibility(after, SPEC, people, OCCLUDED)
+    assert first["visibility_scale"] != pytest.approx(1, abs=0.1)
+    assert again["visibility_scale"] == pytest.approx(1, abs=0.02)
+    assert again["visibility_shift"] == pytest.approx(0, abs=0.02)
+    assert first["error_factor"] > 1.5  # one pixel was promised
+    assert again["error_factor"] == pytest.approx(1, abs=0.01)
+    assert 0 < first["hidden_share"] < 1
+    assert first["joints"] > 100
+
+
+def test_keypoints_stay_and_the_rest_follows_the_report(people: PoseDataset) -> None:
+    report, before, after = calibrated(people)
+    images = torch.randn(2, 3, 64, 64)
+    x, y, logits, log_error = before(images)
+    found = after(images)
+    assert torch.equal(found[0], x)
+    assert torch.equal(found[1], y)
+    assert torch.allclose(found[2], report["visibility_scale"] * logits + report["visibility_shift"], atol=1e-4)
+    assert torch.allclose(found[3].exp(), report["error_factor"] * log_error.exp(), rtol=1e-4)
+
+
+def test_it_is_the_same_twice(people: PoseDataset) -> None:
+    assert calibrated(people)[0] == calibrated(people)[0]
+
+
+def test_nothing_is_touched_where_nothing_is_hidden_or_said(people: PoseDataset) -> None:
+    report, before, after = calibrated(people, CONFIG)
+    assert report == {}
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
+    )
+    plain = build(NETWORK, KEYPOINTS)
+    assert calibrate_visibility(plain, spec_of(NETWORK, KEYPOINTS), people, OCCLUDED) == {}
+    assert plain.training
+
+
+def test_a_head_that_is_worse_than_chance_is_left_alone(people: PoseDataset) -> None:
+    report, _, upright = calibrated(people)
+    assert report
+    assert upright.block.orn is not None
+    upright.block.orn.correct(-1.0, 0.0, 0.0)
+    bias = upright.block.orn.visibility.bias.clone()
+    assert calibrate_visibility(upright, SPEC, people, OCCLUDED) == {}
+    assert torch.equal(upright.block.orn.visibility.bias, bias)
