@@ -21,6 +21,9 @@ from edgepose.spec import Decoder, Heatmap, ModelSpec, Regression, SimCC
 HEATMAP_SCALE = 1000.0
 """Lifts the squared error of mostly empty maps to the magnitude of a cross-entropy: one learning rate serves both."""
 
+DIVERGENCE_SCALE = 100.0
+"""The same for the divergence of maps, which counts small errors in empty cells far more than their squares."""
+
 SIMCC_SCALE = 100.0
 """The same for the squared error of probabilities, and for that of coordinates as shares of the input."""
 
@@ -204,7 +207,7 @@ def _heatmap(maps: Tensor, target: Tensor, decoder: Heatmap, config: LossConfig)
         case "default" | "mse":
             return HEATMAP_SCALE * (maps - target).square().flatten(2).mean(-1)
         case "kl":
-            return HEATMAP_SCALE * poisson_divergence(maps, target).flatten(2).mean(-1)
+            return DIVERGENCE_SCALE * poisson_divergence(maps, target).flatten(2).mean(-1)
         case "wing":
             error = decoder.stride * (soft_argmax(maps) - soft_argmax(target))
             return HEATMAP_SCALE * (maps - target).square().flatten(2).mean(-1) + wing(error, config).mean(-1)

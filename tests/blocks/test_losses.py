@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgepose.blocks.config import KPEConfig, LossConfig, spec_of
 from edgepose.blocks.losses import (
+    DIVERGENCE_SCALE,
     HEATMAP_SCALE,
     SIMCC_SCALE,
     KeypointLoss,
@@ -191,6 +192,12 @@ def test_squared_errors_by_hand() -> None:
     shares, label = torch.tensor([[[0.5, 0.2]]]), torch.tensor([[[0.4, 0.4]]])
     found = keypoint_loss([shares, shares], [label], one, Regression(HW), squared)
     assert found.item() == pytest.approx(SIMCC_SCALE * (0.1**2 + 0.2**2) / 2)
+
+
+def test_the_divergence_of_maps_is_a_mean_over_cells() -> None:
+    maps, labels = torch.tensor([[[[0.5, 0.5], [0.5, 1]]]]), torch.tensor([[[[1.0, 0.5], [0.5, 1]]]])
+    found = keypoint_loss([maps], [labels], torch.ones(1, 1), Heatmap(), LossConfig(kind="kl"))
+    assert found.item() == pytest.approx(DIVERGENCE_SCALE * (math.log(2) - 0.5) / 4)
 
 
 def test_wing_by_hand() -> None:
