@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from edgepose.blocks.config import spec_of
+from edgepose.data.augment import AugmentConfig, OcclusionConfig
 from edgepose.data.coco import PoseDataset, read_image
+from edgepose.errors import UsageError
 from edgepose.pose.codec import decode
 from edgepose.pose.preprocess import crop_transforms, normalise, warp
 from edgepose.spec import ModelSpec
@@ -26,7 +28,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> PoseDataset:
 
 
 def equal(first: Batch, second: Batch) -> bool:
-    tensors = [(batch.crops, batch.weights, *batch.targets) for batch in (first, second)]
+    tensors = [(b.crops, b.weights, b.keypoints, b.visible, b.known, *b.targets) for b in (first, second)]
     return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
 
@@ -36,7 +38,8 @@ def test_shapes_and_types(spec: ModelSpec, people: PoseDataset) -> None:
     assert (batch.crops.shape, batch.crops.dtype) == ((8, 64, 64, 3), torch.uint8)
     assert (batch.weights.shape, batch.weights.dtype) == ((8, 4), torch.float32)
     assert [tuple(t.shape[1:]) for t in batch.targets] == [o.shape[1:] for o in spec.outputs]
-    assert {t.dtype for t in batch.targets} == {torch.float32}
+    assert {t.dtype for t in (*batch.targets, batch.keypoints, batch.visible, batch.known)} == {torch.float32}
+    assert (batch.keypoints.shape, batch.visible.shape, batch.known.shape) == ((8, 4, 2), (8, 4), (8, 4))
 
 
 @pytest.mark.parametrize("spec", [SPEC, HEAT], ids=["simcc", "heatmap"])
@@ -119,3 +122,81 @@ def test_a_photograph_that_went_missing_is_named(tmp_path: Path) -> None:
     people.persons[1].image.unlink()
     with pytest.raises(Exception, match=r"train_2\.png"):
         AugmentedPeople(people, SPEC, CONFIG)
+
+
+# A second set of people in every batch
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> PoseDataset:
+    return dots(tmp_path_factory.mktemp("others"), "train", 7, seed=9)
+
+
+STILL = msgspec.structs.replace(
+    CONFIG,
+    augment=AugmentConfig(rotation_deg=0, scale=1, shift=0, mirror=0, color=0, cutout=0, blur=0),
+)
+
+
+def test_a_share_of_every_batch_comes_from_the_second_set(people: PoseDataset, others: PoseDataset) -> None:
+    mixed = AugmentedPeople(people, SPEC, msgspec.structs.replace(STILL, rendered=0.25), extra=others)
+    assert len(mixed) == 20 // 6  # six of eight are of the first set, and an epoch shows each of them once
+    patches = {
+        name: {p.crops.numpy().tobytes() for p in _singles(data)}
+        for name, data in (("first", people), ("second", others))
+    }
+    crops = [[crop.numpy().tobytes() for crop in mixed[number].crops] for number in range(7)]
+    assert all(len(batch) == 8 for batch in crops)
+    assert all(crop in patches["first"] for batch in crops for crop in batch[:6])
+    assert all(crop in patches["second"] for batch in crops for crop in batch[6:])
+    second = [crop for batch in crops for crop in batch[6:]]
+    assert len(set(second[:7])) == len(set(second[7:14])) == 7  # everybody comes before anybody comes again
+
+
+def _singles(data: PoseDataset) -> list[Batch]:
+    one = msgspec.structs.replace(STILL, batch_size=1)
+    batches = AugmentedPeople(data, SPEC, one)
+    return [batches[number] for number in range(len(data))]
+
+
+def test_the_second_set_leaves_the_views_of_the_first_alone(people: PoseDataset, others: PoseDataset) -> None:
+    mixed = AugmentedPeople(people, SPEC, msgspec.structs.replace(CONFIG, rendered=0.25), extra=others)
+    alone = AugmentedPeople(people, SPEC, msgspec.structs.replace(CONFIG, batch_size=6))
+    assert torch.equal(mixed[4].crops[:6], alone[4].crops)
+    assert torch.equal(mixed[4].visible[:6], alone[4].visible)
+
+
+@pytest.mark.parametrize(("share", "given"), [(0.25, False), (0.0, True), (1.0, True), (0.01, True)])
+def test_shares_that_cannot_be_had_are_refused(
+    share: float, given: bool, people: PoseDataset, others: PoseDataset
+) -> None:
+    config = msgspec.structs.replace(CONFIG, rendered=share)
+    with pytest.raises(UsageError, match="rendered"):
+        AugmentedPeople(people, SPEC, config, extra=others if given else None)
+
+
+# Occlusion
+
+
+def test_occlusion_grows_over_the_run_and_hides_joints(people: PoseDataset) -> None:
+    occlusion = OcclusionConfig(pasted=1.0, start=0.0, ramp=0.5)
+    config = msgspec.structs.replace(
+        STILL, epochs=40, augment=msgspec.structs.replace(STILL.augment, occlusion=occlusion)
+    )
+    batches = AugmentedPeople(people, SPEC, config)
+    total = 40 * len(batches)
+    hidden = [
+        np.mean([float((1 - batches[n].visible).mean()) for n in range(start, start + 6)]) for start in (0, total - 6)
+    ]
+    assert hidden[0] < 0.05
+    assert hidden[1] > hidden[0] + 0.1
+    last = batches[total - 1]
+    assert (last.weights * (1 - last.visible)).sum() > 0  # hidden joints are trained on
+    assert equal(batches[total + 5], batches[total + 5])  # views behind the run's end exist: calibration uses them
+
+
+def test_coordinates_are_their_own_labels(people: PoseDataset) -> None:
+    spec = spec_of(msgspec.structs.replace(NETWORK, head="regression"), KEYPOINTS)
+    batch = AugmentedPeople(people, spec, CONFIG)[0]
+    (shares,) = batch.targets
+    assert torch.allclose(shares * 64 - 0.5, batch.keypoints, atol=1e-4)

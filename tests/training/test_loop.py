@@ -17,9 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgepose.blocks.config import spec_of
+from edgepose.blocks.config import ORNConfig, spec_of
+from edgepose.blocks.orn import Hide
+from edgepose.data.augment import OcclusionConfig
 from edgepose.data.coco import PoseDataset
-from edgepose.errors import AnnotationError, CheckpointError, EdgeposeError, SpecError, StorageError
+from edgepose.errors import AnnotationError, CheckpointError, EdgeposeError, SpecError, StorageError, UsageError
 from edgepose.spec import Keypoints
 from edgepose.training.config import TrainConfig
 from edgepose.training.loop import FitResult, Interrupted, RunOptions, _one_cycle, dev_metrics, fit, selection
@@ -373,3 +375,73 @@ def test_the_rate_rises_to_its_peak_and_falls_to_almost_nothing() -> None:
     assert (np.diff(rates[10:]) < 0).all()
     assert _one_cycle(0.0, msgspec.structs.replace(config, warmup=0.0)) == pytest.approx(2.0)
     assert _one_cycle(1.0, msgspec.structs.replace(config, final_rate=0.5)) == pytest.approx(1.0)
+
+
+# More than keypoints to learn, and more than one optimiser
+
+ROBUST = msgspec.structs.replace(NETWORK, orn=ORNConfig(16, 1))
+ROBUST_SPEC = spec_of(ROBUST, SPEC.keypoints)
+ROBUST_CONFIG = msgspec.structs.replace(
+    CONFIG,
+    optimizer="muon",
+    masking=0.2,
+    augment=msgspec.structs.replace(CONFIG.augment, occlusion=OcclusionConfig()),
+)
+
+
+def robust_run(
+    data: tuple[PoseDataset, PoseDataset],
+    config: TrainConfig,
+    state: Path | None = None,
+    observer: Recorder | None = None,
+) -> tuple[nn.Module, FitResult]:
+    model = network(ROBUST)
+    return model, fit(model, ROBUST_SPEC, data, config, options=RunOptions(state, observer or Recorder(), 0))
+
+
+def test_a_robust_network_resumes_exactly_masking_and_muon_included(
+    data: tuple[PoseDataset, PoseDataset], tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(ROBUST_CONFIG, epochs=2)
+    whole = robust_run(data, config)
+    with pytest.raises(Interrupted):
+        robust_run(data, config, tmp_path / "state", Sends(signal.SIGTERM, 3))
+    torch.rand(7)  # another process has another generator
+    resumed = robust_run(data, config, tmp_path / "state")
+    assert_equal_runs(whole, resumed)
+    assert whole[1].calibration == resumed[1].calibration
+    assert all(part.share == 0 for part in whole[0].modules() if isinstance(part, Hide))
+
+
+def test_every_part_of_the_block_learns_and_the_run_is_calibrated(data: tuple[PoseDataset, PoseDataset]) -> None:
+    fresh = {n: p.detach().clone() for n, p in network(ROBUST).named_parameters() if n.startswith("block.orn")}
+    model, result = robust_run(data, msgspec.structs.replace(ROBUST_CONFIG, epochs=2))
+    learned = dict(model.named_parameters())
+    assert [name for name, before in fresh.items() if torch.equal(before, learned[name])] == []
+    assert set(result.calibration) >= {"joints", "visibility_scale", "error_factor"} or result.calibration == {}
+
+
+def test_a_second_set_of_people_is_trained_on(data: tuple[PoseDataset, PoseDataset], tmp_path: Path) -> None:
+    rendered = dots(tmp_path, "train", 5, seed=8)
+    observer = Recorder()
+    model = network()
+    config = msgspec.structs.replace(CONFIG, epochs=1, rendered=0.25)
+    fit(model, SPEC, (*data, rendered), config, options=RunOptions(observer=observer, workers=0))
+    assert observer.cut[-1] == (TRAIN + 5, TRAIN + 5)
+    assert len(observer.steps) == TRAIN // 6
+    with pytest.raises(UsageError, match="rendered"):
+        fit(network(), SPEC, data, config, options=RunOptions(workers=0))
+
+
+def test_the_flow_of_coordinates_is_resumed_too(data: tuple[PoseDataset, PoseDataset], tmp_path: Path) -> None:
+    architecture = msgspec.structs.replace(NETWORK, head="regression")
+    spec, config = spec_of(architecture, SPEC.keypoints), msgspec.structs.replace(CONFIG, epochs=2)
+
+    def carry_out(state: Path | None, observer: Recorder) -> tuple[nn.Module, FitResult]:
+        model = network(architecture)
+        return model, fit(model, spec, data, config, options=RunOptions(state, observer, 0))
+
+    whole = carry_out(None, Recorder())
+    with pytest.raises(Interrupted):
+        carry_out(tmp_path / "state", Sends(signal.SIGTERM, 3))
+    assert_equal_runs(whole, carry_out(tmp_path / "state", Recorder()))
