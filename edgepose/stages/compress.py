@@ -128,6 +128,7 @@ def _fine_tune(
     return {
         "curve": list(result.curve),
         "best_epoch": result.best_epoch,
+        **({"calibration": result.calibration} if result.calibration else {}),
         "dev": _figures(network, spec, data),
     }
 
