@@ -7,12 +7,12 @@ their weights start from differs. The source never saw a picture of the kind tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from benchmarks.context import THREADS, Context, TrainingWatcher
 from benchmarks.subjects import METRIC, lspet, val_people
-from edgepose.blocks.checkpoint import Checkpoint, load_checkpoint
 from edgepose.blocks.config import KPEConfig, spec_of
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.data.augment import AugmentConfig
@@ -21,6 +21,9 @@ from edgepose.data.splits import some_images, split_train
 from edgepose.estimator import PoseEstimator
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate, oks_map, summary
 from edgepose.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from edgepose.blocks.checkpoint import Checkpoint
 
 IMAGES, SEEDS = 100, (0, 1, 2)
 _DEV_PEOPLE = 60  # whoever has a hundred photographs does not hold out six hundred
@@ -36,7 +39,7 @@ def few_photographs(context: Context, source: str) -> list[dict[str, float]]:
         context: The run of the claims.
         source: Network of the zoo that never saw a photograph.
     """
-    checkpoint = load_checkpoint(find_checkpoint(source))
+    checkpoint = _checkpoint(source)
     train, dev = split_train(dataset(lspet(context), "train"))
     val = val_people(context)
     rows = []
@@ -57,7 +60,7 @@ def other_keypoints(context: Context, source: str) -> dict[str, float]:
         context: The run of the claims.
         source: Network of the zoo with other keypoints.
     """
-    checkpoint = load_checkpoint(find_checkpoint(source))
+    checkpoint = _checkpoint(source)
     everybody = dataset(context.data / "coco17", "train")
     photographs = len({person.image for person in everybody.persons})
     seen = some_images(everybody, round(2 / 3 * photographs), seed=0)
@@ -69,6 +72,12 @@ def other_keypoints(context: Context, source: str) -> dict[str, float]:
         )["oks_ap"]
         for arm, start in _arms(checkpoint)
     }
+
+
+def _checkpoint(name: str) -> Checkpoint:
+    from edgepose.blocks.checkpoint import load_checkpoint
+
+    return load_checkpoint(find_checkpoint(name))
 
 
 def _arms(checkpoint: Checkpoint) -> tuple[tuple[str, Checkpoint | None], ...]:

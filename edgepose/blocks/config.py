@@ -91,14 +91,15 @@ class LossConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 PRESETS: dict[str, KPEConfig] = {
     "kpe-t": KPEConfig("kpe-t", (160, 160), 16, (32, 64, 128, 192), (1, 2, 2, 2), 64),
-    "kpe-s": KPEConfig("kpe-s", (160, 160), 32, (48, 96, 192, 256), (1, 2, 2, 2), 96),
+    "kpe-s": KPEConfig("kpe-s", (160, 160), 32, (48, 96, 160, 192), (1, 3, 3, 1), 96),
+    "kpe-m": KPEConfig("kpe-m", (192, 192), 32, (48, 96, 160, 192), (2, 4, 5, 1), 96),
     "kpe-t-inverted": KPEConfig(
         "kpe-t-inverted", (160, 160), 24, (32, 64, 128, 192), (2, 4, 5, 3), 64, backbone="inverted"
     ),
     "kpe-t-rep": KPEConfig(
         "kpe-t-rep", (160, 160), 16, (32, 64, 128, 192), (2, 4, 5, 4), 64, backbone="reparameterised"
     ),
-    "orn-s": KPEConfig("orn-s", (160, 160), 32, (48, 96, 192, 256), (1, 2, 2, 2), 96, orn=ORNConfig()),
+    "orn-s": KPEConfig("orn-s", (160, 160), 32, (48, 96, 160, 192), (1, 3, 3, 1), 96, orn=ORNConfig(192)),
 }
 """Networks by name; the zoo holds trained weights for some of them. Those of one size class cost about the same."""
 

@@ -5,8 +5,8 @@ parameter whose size follows the input's is in `ORN.places` or in a layer of `OR
 
 A keypoint that is covered leaves no peak in its map, but its neighbours say where it must be. So every keypoint becomes
 a token: its whole map, the features under its peak, and which keypoint it is. Gated attention (Hua et al., "Transformer
-Quality in Linear Time", ICML 2022; squared ReLU instead of softmax) lets tokens look at each other and at the
-backbone's coarsest map, and linear layers turn what comes out into corrections of the head's outputs. All products with
+Quality in Linear Time", ICML 2022; with softmax in several heads) lets tokens look at each other and at the backbone's
+coarsest map, and linear layers turn what comes out into corrections of the head's outputs. All products with
 weights are linear layers, which every backend computes in integers; what stands between them is in modules of its own
 (`Sum`, `Normalise`, `Mix`, `Pool`), which stay float for the reasons in `compress.protected`.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from edgepose.blocks.config import ORNConfig
 
+_HEADS = 4  # of attention, where the width can be divided by eight
 _EXPECTED_PX = 12.0  # of a network that has learnt nothing yet; only where the logarithm starts
 
 
@@ -59,12 +60,23 @@ class Normalise(nn.Module):
 
 
 class Mix(nn.Module):
-    """Gated attention without softmax: gate · (relu(query keyᵀ / √c)² / n) value."""
+    """Gated attention, head by head: gate · softmax(query keyᵀ / √c) value (Vaswani et al., NeurIPS 2017).
+
+    Softmax, not the squared ReLU of gated attention units: there, a pair of tokens whose scores are negative in all
+    pictures never hears of each other again, as it has no gradient.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         """(N, K, c), (N, n, c), (N, n, d) and (N, K, d) to (N, K, d)."""
-        scores = torch.relu(query @ key.transpose(1, 2))
-        return gate * (scores * scores @ value) * (1.0 / (query.shape[2] * key.shape[1]))
+        query, key, value = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        scores = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+        mixed = scores.float().softmax(-1).to(value.dtype) @ value
+        gated: Tensor = gate * mixed.transpose(1, 2).flatten(2)
+        return gated
 
 
 class Pool(nn.Module):
@@ -105,7 +117,7 @@ class GatedAttentionUnit(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         hidden, key = 2 * width, max(1, width // 2)
-        self.norm, self.mix, self.sum = Normalise(), Mix(), Sum()
+        self.norm, self.mix, self.sum = Normalise(), Mix(_HEADS if key % _HEADS == 0 else 1), Sum()
         self.query, self.key = nn.Linear(width, key), nn.Linear(width, key)
         self.value, self.gate = nn.Linear(width, hidden), nn.Linear(width, hidden)
         self.value_relu, self.gate_relu = nn.ReLU(), nn.ReLU()

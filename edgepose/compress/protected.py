@@ -42,9 +42,9 @@ PROTECTED: tuple[Protected, ...] = (
     ),
     Protected(
         Mix,
-        ("MatMul", "Relu", "Mul"),
+        ("MatMul", "Softmax", "Mul"),
         "products of activations with activations, 0.1 % of the network's multiplications: codes around them cost more "
-        "time than integers save, and squaring the scores doubles the relative rounding error",
+        "time than integers save, and the exponential of the scores multiplies their rounding error",
     ),
     Protected(
         Pool,

@@ -88,7 +88,7 @@ def test_the_block_costs_less_than_a_twentieth_of_the_network() -> None:
 def test_every_joint_hears_of_every_other_and_of_the_context() -> None:
     block = ORN(ORNConfig(16, 1), Sizes(5, (8, 6), (4, 4), (2, 2), ((8,),)))
     awake(block)
-    pictures = 20  # of one picture, about half the scores are negative and count for nothing
+    pictures = 2
     maps = torch.randn(pictures, 5, 4, 4, requires_grad=True)
     coarse = torch.randn(pictures, 6, 2, 2, requires_grad=True)
     outputs = block((torch.randn(pictures, 8, 4, 4), coarse), maps, (torch.zeros(pictures, 5, 8),))
@@ -113,9 +113,10 @@ def test_normalised_vectors_have_unit_root_mean_square() -> None:
 
 
 def test_mixing_by_hand() -> None:
-    query, key = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 1.0], [-9.0, 0.0]]])  # scores 5 and -9
-    value, gate = torch.tensor([[[2.0], [100.0]]]), torch.tensor([[[0.5]]])
-    assert Mix()(query, key, value, gate).item() == pytest.approx(0.5 * 25 / (2 * 2) * 2)
+    # Two heads: the first finds both keys equally near, the second sees the second key alone.
+    query, key = torch.tensor([[[1.0, 9.0]]]), torch.tensor([[[3.0, -9.0], [3.0, 9.0]]])
+    value, gate = torch.tensor([[[2.0, 7.0], [4.0, 5.0]]]), torch.tensor([[[0.5, 10.0]]])
+    assert Mix(2)(query, key, value, gate)[0, 0].tolist() == pytest.approx([0.5 * 3.0, 10 * 5.0])
 
 
 # Keypoint masking

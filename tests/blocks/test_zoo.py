@@ -55,4 +55,5 @@ def test_committed_networks_are_whole_small_and_described() -> None:
         assert card.lineage[0].stage in ("train", "render")
         assert card.notes, f"{name} does not say what it was trained on"
         with safetensors.safe_open(folder / f"{name}.safetensors", "pt") as stored:
-            assert set(stored.keys()) == checkpoint.tensors.keys()
+            whole = {name for name in stored.keys() if not name.endswith("::step")}  # noqa: SIM118 - no mapping
+        assert whole == checkpoint.tensors.keys()

@@ -97,7 +97,7 @@ def test_teacher_of_another_shape_is_refused(cli: Cli, command: list[object], pe
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model", "kpe-m"], "expected one of kpe-t, kpe-s"),
+        (["--model", "kpe-x"], "expected one of kpe-t, kpe-s"),
         (["--model", "kpe-tt"], "did you mean 'kpe-t'"),
         (["--head", "boxes"], "simcc, heatmap, regression"),
         (["--backbone", "inverse"], "did you mean 'inverted'"),

@@ -1,6 +1,7 @@
 """Trained networks that come with edgepose: NAME.safetensors with its card NAME.json, found by name.
 
-Invariant: weights are FP16 on disk and were trained from scratch by the command in their card.
+Invariant: weights are FP16 on disk, or int8 where a network is kept for comparison only, and go back to random weights:
+the lineage in the card names every run in between.
 """
 
 from __future__ import annotations
