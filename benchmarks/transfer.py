@@ -47,7 +47,7 @@ def few_photographs(context: Context, source: str) -> list[dict[str, float]]:
         people = some_images(train, IMAGES, seed), dev.sample(_DEV_PEOPLE, seed)
         row: dict[str, float] = {"seed": seed}
         for arm, start in _arms(checkpoint):
-            record = _Arm(context, f"{arm}, seed {seed}", people, val, seed).record(checkpoint.card.architecture, start)
+            record = _Arm(context, f"{arm}, seed {seed}", people, val, seed).record(checkpoint.card.kpe, start)
             row[arm] = 100 * summary(record, val.keypoints)[METRIC]
         rows.append(row)
     return rows
@@ -68,7 +68,7 @@ def other_keypoints(context: Context, source: str) -> dict[str, float]:
     train, dev = split_train(seen)
     return {
         arm: oks_map(
-            _Arm(context, f"coco17 {arm}", (train, dev), unseen, 0).record(checkpoint.card.architecture, start), unseen
+            _Arm(context, f"coco17 {arm}", (train, dev), unseen, 0).record(checkpoint.card.kpe, start), unseen
         )["oks_ap"]
         for arm, start in _arms(checkpoint)
     }

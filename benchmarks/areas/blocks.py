@@ -215,7 +215,7 @@ def _trained_again(context: Context, card: Card) -> Path:
         settings = msgspec.convert(train.config, TrainConfig)
         torch.set_num_threads(THREADS)
         torch.manual_seed(settings.seed)
-        network = build(card.architecture, card.keypoints)  # as `edgepose train` starts
+        network = build(card.kpe, card.keypoints)  # as `edgepose train` starts
         result = fit(network, card.spec, people, settings, options=RunOptions(None, TrainingWatcher(context, "again")))
         report = {"curve": list(result.curve), "best_epoch": result.best_epoch}
         inputs = {"train": people[0].digest, "dev": people[1].digest}
