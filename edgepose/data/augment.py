@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepose.data.cover import joints_covered
 from edgepose.data.occlude import Donors, OcclusionConfig, Target, occlude, severity, truncated
 from edgepose.data.patch import Patch, cut_patch
 from edgepose.pose.preprocess import crop_transforms
@@ -128,8 +129,8 @@ def augment(
     if rng.random() < config.cutout:
         covered[_cut_out(crop, rng)] = 255
     visible = (inside & (labels > 1)).astype(np.float32)
-    columns, rows = np.rint(points[inside]).astype(np.intp).T
-    visible[inside] = np.where(covered[rows, columns] < 128, visible[inside], 0)
+    side_px = float((patch.box_xyxy[2:] - patch.box_xyxy[:2]).max() * math.hypot(*transform[:, 0]))
+    visible[inside] *= ~joints_covered(covered, points[inside], side_px)
     known = (labels > 0).astype(np.float32)
     return View(crop, points, known * inside, visible, known)
 

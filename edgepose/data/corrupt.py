@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.data.coco import Person, read_image
+from edgepose.data.cover import joints_covered
 
 Image = NDArray[np.uint8]
 Points = NDArray[np.float64]
@@ -172,7 +173,9 @@ def _labelled(frame: Image, box: Points, keypoints: NDArray[np.float32], covered
     columns, rows = np.rint(keypoints[:, :2]).astype(np.int64).T
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     under = np.zeros(len(keypoints), np.bool_)
-    under[inside] = covered[rows[inside], columns[inside]]
+    if covered.any():
+        side_px = float((box[2:] - box[:2]).max())
+        under[inside] = joints_covered(covered.astype(np.uint8) * 255, keypoints[inside, :2], side_px)
     hidden = known & (under | ~inside | (keypoints[:, 2] == 1))
     return Corrupted(frame, box, keypoints, hidden, known, covered)
 

@@ -12,6 +12,7 @@ import pytest
 
 from edgepose.data.augment import AugmentConfig, OcclusionConfig, View, augment, cut_patch, mirror
 from edgepose.data.coco import Person, read_image
+from edgepose.data.cover import joints_covered
 from edgepose.errors import AnnotationError, ImageError
 from edgepose.pose.preprocess import apply_transforms, crop_transforms, warp
 from edgepose.spec import Keypoints, Preprocess
@@ -272,20 +273,22 @@ def noisy_people(folder: Path, count: int) -> list[Person]:
     return people
 
 
-def test_a_joint_is_hidden_exactly_where_its_pixel_was_painted_over(tmp_path: Path) -> None:
+def test_a_joint_is_hidden_exactly_where_most_of_it_was_painted_over(tmp_path: Path) -> None:
     patches = [cut_patch(person, PREPROCESS) for person in noisy_people(tmp_path, 4)]
     plain = augment(patches[0], PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
     sharp = OcclusionConfig(pasted=1, joints=0.5, truncation=0, soft=0)
     config = msgspec.structs.replace(STILL, occlusion=sharp)
-    hidden = 0
+    hidden = wrong = 0
     for seed in range(120):
         view = augment(patches[0], PREPROCESS, KEYPOINTS, config, np.random.default_rng(seed), donors=patches)
         assert np.array_equal(view.keypoints, plain.keypoints)
         assert view.weights.tolist() == [1, 1, 1]
-        columns, rows = np.rint(view.keypoints).astype(int).T
-        painted = (view.crop[rows, columns] != plain.crop[rows, columns]).any(axis=1)
-        assert painted.tolist() == (view.visible == 0).tolist(), seed
-        hidden += int(painted.sum())
+        painted = (view.crop != plain.crop).any(axis=2).astype(np.uint8) * 255
+        side_px = max(PREPROCESS.input_hw) / PREPROCESS.padding  # the box fills the crop but for its padding
+        expected = joints_covered(painted, view.keypoints, side_px)
+        wrong += int((expected != (view.visible == 0)).sum())
+        hidden += int(expected.sum())
+    assert wrong <= 3  # of 360: paint may have a pixel's own colour
     assert 40 < hidden < 320
 
 

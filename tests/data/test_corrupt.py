@@ -22,6 +22,7 @@ from edgepose.data.corrupt import (
     Truncated,
     corrupt,
 )
+from edgepose.data.cover import joints_covered
 
 FRAME = np.stack([*np.mgrid[:170, :150][::-1], np.full((170, 150), 90)], axis=2).astype(np.uint8)
 """A picture whose pixels say where they are: blue is x, green is y."""
@@ -49,8 +50,8 @@ def test_only_the_covered_pixels_change_and_joints_under_them_are_hidden() -> No
         near = cv2.dilate(picture.covered.astype(np.uint8), np.ones((9, 9), np.uint8)) > 0  # edges may be soft
         assert np.array_equal(picture.frame[~near], FRAME[~near])
         assert (picture.frame[picture.covered] != FRAME[picture.covered]).any(axis=1).mean() > 0.95
-        columns, rows = JOINTS[:, :2].astype(int).T
-        covered = picture.covered[rows, columns]
+        side_px = float(person(number).bbox_xywh[2:].max())
+        covered = joints_covered(picture.covered.astype(np.uint8) * 255, JOINTS[:, :2], side_px)
         assert picture.hidden.tolist() == [covered[0], True, False, covered[3], covered[4]]
         assert picture.known.tolist() == [True, True, False, True, True]
         assert np.array_equal(picture.keypoints, JOINTS)
