@@ -284,7 +284,7 @@ def test_a_joint_is_hidden_exactly_where_most_of_it_was_painted_over(tmp_path: P
         assert np.array_equal(view.keypoints, plain.keypoints)
         assert view.weights.tolist() == [1, 1, 1]
         painted = (view.crop != plain.crop).any(axis=2).astype(np.uint8) * 255
-        side_px = max(PREPROCESS.input_hw) / PREPROCESS.padding  # the box fills the crop but for its padding
+        side_px = PREPROCESS.input_hw[1] / PREPROCESS.padding  # the box is wide: it fills the width but for the padding
         expected = joints_covered(painted, view.keypoints, side_px)
         wrong += int((expected != (view.visible == 0)).sum())
         hidden += int(expected.sum())
