@@ -1,7 +1,7 @@
-"""Things put in front of people in training: rendered shapes, pieces of other photographs, masks on joints, cut frames.
+"""Things put in front of people in training, masks on joints, cut frames: what, how much of it, and the pasting itself.
 
-The families here are for training only; what networks are tested against comes from `edgepose.data.corrupt` and shares
-neither shapes nor textures with them.
+Outlines and fillings are those of `edgepose.data.occluders`, for training only; what networks are tested against comes
+from `edgepose.data.corrupt` and shares neither shapes nor textures with them.
 
 Invariant: a pixel is painted exactly where the returned mask says so, so whether a joint is hidden is known, not
 guessed; all randomness comes from the generator handed in.
@@ -10,7 +10,6 @@ guessed; all randomness comes from the generator handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -18,7 +17,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepose.data.occluders.layouts import Place, clutter, single, tangle, wall
+from edgepose.data.occluders.photographs import Donors, background, elsewhere, limbs, window
+from edgepose.data.occluders.shapes import disc, rectangle
+from edgepose.data.occluders.textures import texture
 from edgepose.data.patch import Patch
+
+__all__ = ["Donors", "OcclusionConfig", "Target", "occlude", "severity", "truncated"]
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
@@ -31,29 +36,43 @@ class OcclusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         pasted: Probability of things pasted over the person.
-        largest: Largest share of the person's box that is covered by them.
-        shapes: Weight of ellipses, convex polygons, sticks and bent limbs among the pasted things.
+        largest: Largest share of the person's surroundings that is covered by them.
+        shapes: Weight of things with drawn textures among the pasted ones.
         body_parts: Weight of limbs cut from other training people.
-        objects: Weight of pieces of other training photographs.
-        cutout: Weight of plain rectangles.
+        objects: Weight of pieces of other training photographs, of people or beside them.
+        scene: Weight of pieces of the same photograph's background, whose colours and grain give nothing away.
+        cutout: Weight of rectangles.
+        single: Weight of one thing at a time in the layout of shapes, objects and scene.
+        clutter: Weight of many small things.
+        tangles: Weight of strings.
+        walls: Weight of all to one side of an edge.
         joints: Probability of small masks right on up to three joints.
         truncation: Probability that the frame ends within the person.
         largest_truncation: Largest share of the person's box that the frame cuts off.
         soft: Probability that a pasted thing has blurred edges, so that hard ones give nothing away.
+        translucent: Probability that up to a quarter of what is behind a thing shows through.
+        jitter: Probability that colours, sharpness and grain of a thing change, and those of its pieces.
         start: Severity at the start of the run, 0..1.
         ramp: Share of the run until the severity is 1.
     """
 
     pasted: float = 0.6
-    largest: float = 0.5
-    shapes: float = 0.35
-    body_parts: float = 0.25
-    objects: float = 0.3
-    cutout: float = 0.1
-    joints: float = 0.25
+    largest: float = 0.7
+    shapes: float = 0.3
+    body_parts: float = 0.2
+    objects: float = 0.25
+    scene: float = 0.2
+    cutout: float = 0.05
+    single: float = 0.35
+    clutter: float = 0.35
+    tangles: float = 0.15
+    walls: float = 0.15
+    joints: float = 0.2
     truncation: float = 0.15
     largest_truncation: float = 0.45
-    soft: float = 0.4
+    soft: float = 0.6
+    translucent: float = 0.15
+    jitter: float = 0.6
     start: float = 0.3
     ramp: float = 0.3
 
@@ -64,7 +83,7 @@ class Target:
 
     Attributes:
         crop: (h, w, 3) uint8 BGR; painted in place.
-        covered: (h, w) uint8, 128 and more where the crop was painted over; written in place.
+        covered: (h, w) uint8, how much of each pixel was painted over, 0..255; written in place.
         points: (n, 2) float32, labelled joints in pixels of the crop.
         box_px2: Area of the person's box in square pixels of the crop.
     """
@@ -73,19 +92,6 @@ class Target:
     covered: Mask
     points: NDArray[np.float32]
     box_px2: float
-
-
-@dataclass(frozen=True, slots=True)
-class Donors:
-    """Where pieces of other photographs come from.
-
-    Attributes:
-        patches: Training people.
-        skeleton: Pairs of joints between which there is a limb.
-    """
-
-    patches: Sequence[Patch]
-    skeleton: tuple[tuple[int, int], ...]
 
 
 def severity(config: OcclusionConfig, progress: float) -> float:
@@ -139,47 +145,84 @@ def occlude(target: Target, donors: Donors, config: OcclusionConfig, strength: f
         for _ in range(int(rng.integers(1, 4))):
             center = target.points[rng.integers(len(target.points))] + rng.normal(0, 1, 2)
             radius_px = math.sqrt(target.box_px2) * rng.uniform(0.04, 0.1)
-            mask = _blank(target.crop)
+            canvas = _blank(target.crop)
             if rng.random() < 0.5:
-                _ellipse(mask, center, math.pi * radius_px**2, rng)
+                disc(canvas, center, math.pi * radius_px**2, rng, 1)
             else:
-                _rectangle(mask, center, 4 * radius_px**2, rng)
-            _paste(target, mask, None, config.soft, rng)
+                rectangle(canvas, center, 4 * radius_px**2, rng, 1)
+            family = _family(config, donors, rng)
+            pixels = _filling(canvas, target, donors, "objects" if family == "body_parts" else family, rng)
+            _paste(target, canvas, pixels, config, rng)
 
 
 def _paste_things(
     target: Target, donors: Donors, config: OcclusionConfig, strength: float, rng: np.random.Generator
 ) -> None:
-    """Paste until the wanted share of the box is covered, a few things at most: they may overlap or fall outside."""
-    wanted_px2 = rng.uniform(0.02, max(0.02, config.largest * strength)) * target.box_px2
-    weights = np.array([config.shapes, config.cutout, config.body_parts, config.objects])
-    if not donors.patches:
-        weights[2:] = 0
-    if weights.sum() <= 0:
-        return
-    limits = np.cumsum(weights / weights.sum())
+    """Paste until the wanted share is covered, a few layers at most: they may overlap or fall outside."""
+    around = _surroundings(target)
+    x1, y1, x2, y2 = (round(v) for v in around.tolist())
+    wanted_px2 = rng.uniform(0.04, max(0.04, config.largest * strength)) * (x2 - x1) * (y2 - y1)
+    layouts = np.cumsum([config.single, config.clutter, config.tangles, config.walls])
     for _ in range(5):
-        left_px2 = wanted_px2 - cv2.countNonZero(target.covered)
-        if left_px2 < 0.1 * wanted_px2:
+        left_px2 = wanted_px2 - cv2.countNonZero(target.covered[y1:y2, x1:x2])
+        family = _family(config, donors, rng)
+        if left_px2 < 0.1 * wanted_px2 or family is None:
             return
         area_px2 = max(12.0, left_px2 * rng.uniform(0.35, 1.0))
-        center = _somewhere_on(target, rng)
-        mask, pixels = _blank(target.crop), None
-        match int(np.searchsorted(limits, rng.random(), side="right")):
-            case 0:
-                _SHAPES[rng.integers(len(_SHAPES))](mask, center, area_px2, rng)
-            case 1:
-                _rectangle(mask, center, area_px2, rng)
-            case 2:
-                pixels = _body_part(mask, center, area_px2, donors, rng)
-            case _:
-                (_SHAPES[rng.integers(2)] if rng.random() < 0.7 else _rectangle)(mask, center, area_px2, rng)
-                pixels = _object(mask, center, donors, rng)
-        _paste(target, mask, pixels, config.soft, rng)
+        place = Place(_somewhere_on(target, rng), area_px2, around)
+        canvas, pixels = _blank(target.crop), None
+        if family == "body_parts":
+            pixels = limbs(canvas, place.center, area_px2, donors, rng)
+        elif family == "cutout" or layouts[-1] <= 0:
+            rectangle(canvas, place.center, area_px2, rng, 1)
+        else:
+            _LAYOUTS[int(np.searchsorted(layouts, rng.random() * layouts[-1], side="right"))](canvas, place, rng)
+        if pixels is None:
+            pixels = _filling(canvas, target, donors, family, rng)
+        _paste(target, canvas, pixels, config, rng)
+
+
+_LAYOUTS = (single, clutter, tangle, wall)
+
+
+def _family(config: OcclusionConfig, donors: Donors, rng: np.random.Generator) -> str | None:
+    """What the next thing is made of; None where no family is left."""
+    weights = [config.shapes, config.cutout, config.scene, config.body_parts, config.objects]
+    limits = np.cumsum(weights if donors.patches else weights[:3])
+    if limits[-1] <= 0:
+        return None
+    return _FAMILIES[int(np.searchsorted(limits, rng.random() * limits[-1], side="right"))]
+
+
+_FAMILIES = ("shapes", "cutout", "scene", "body_parts", "objects")
+
+
+def _filling(canvas: Mask, target: Target, donors: Donors, family: str | None, rng: np.random.Generator) -> Image:
+    """(h, w, 3) uint8 for the canvas's window."""
+    if family == "objects":
+        return elsewhere(canvas, donors, rng)
+    if family == "scene":
+        return background(canvas, target.crop, target.points, rng)
+    rows, columns = window(canvas)
+    hw = rows.stop - rows.start, columns.stop - columns.start
+    return texture(target.crop, hw, rng) if min(hw) else np.zeros((*hw, 3), np.uint8)
 
 
 def _blank(crop: Image) -> Mask:
     return np.zeros(crop.shape[:2], np.uint8)
+
+
+def _surroundings(target: Target) -> NDArray[np.float64]:
+    """(4,) x1, y1, x2, y2 of the part of the crop that the person takes up, going by its joints."""
+    height, width = target.crop.shape[:2]
+    if not len(target.points):
+        return np.array([0.0, 0, width, height])
+    low, high = target.points.min(axis=0).astype(np.float64), target.points.max(axis=0).astype(np.float64)
+    side_px = math.sqrt(target.box_px2)
+    half = np.maximum((high - low) / 2 + 0.1 * side_px, 0.35 * side_px)
+    middle = (low + high) / 2
+    size = np.array([width, height, width, height])
+    return np.asarray(np.clip(np.concatenate([middle - half, middle + half]), 0, size), np.float64)
 
 
 def _somewhere_on(target: Target, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -192,154 +235,23 @@ def _somewhere_on(target: Target, rng: np.random.Generator) -> NDArray[np.float6
     return np.asarray(np.clip(place, 0, (width - 1, height - 1)), np.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------ shapes
-# Each draws 255 into a mask (h, w) at a centre, of about the wanted area; what falls outside is lost.
-
-
-def _ellipse(mask: Mask, center: NDArray[np.float64], area_px2: float, rng: np.random.Generator) -> None:
-    aspect = math.exp(rng.uniform(-1, 1) * math.log(2.5))
-    axes = 2 * math.sqrt(area_px2 * aspect / math.pi), 2 * math.sqrt(area_px2 / aspect / math.pi)
-    cv2.ellipse(mask, (_pair(center), axes, rng.uniform(0, 180)), 255, -1)
-
-
-def _polygon(mask: Mask, center: NDArray[np.float64], area_px2: float, rng: np.random.Generator) -> None:
-    count = int(rng.integers(3, 8))
-    turns = np.sort(rng.uniform(0, 0.6, count) + np.arange(count)) * (2 * math.pi / count)
-    spokes = np.stack([np.cos(turns), np.sin(turns)], 1) * (math.exp(rng.uniform(-0.6, 0.6)), 1.0)
-    x, y = spokes.T
-    unit_px2 = 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
-    angle = rng.uniform(0, 2 * math.pi)
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    corners = center + math.sqrt(area_px2 / max(unit_px2, 1e-3)) * spokes @ turn.T
-    cv2.fillConvexPoly(mask, np.rint(corners).astype(np.int32), 255)
-
-
-def _stick(mask: Mask, center: NDArray[np.float64], area_px2: float, rng: np.random.Generator) -> None:
-    slimness = rng.uniform(3, 12)
-    length = math.sqrt(area_px2 * slimness)
-    angle = rng.uniform(0, math.pi)
-    half = length / 2 * np.array([math.cos(angle), math.sin(angle)])
-    _line(mask, center - half, center + half, length / slimness)
-
-
-def _limb(mask: Mask, center: NDArray[np.float64], area_px2: float, rng: np.random.Generator) -> None:
-    """Two bones with a joint between them, the second one slimmer."""
-    slimness = rng.uniform(3, 6)
-    length = math.sqrt(area_px2 / 2 * slimness)
-    angle = rng.uniform(0, 2 * math.pi)
-    bend = angle + rng.uniform(-2.2, 2.2)
-    first = center - length * np.array([math.cos(angle), math.sin(angle)])
-    last = center + length * np.array([math.cos(bend), math.sin(bend)])
-    _line(mask, first, center, length / slimness * 1.15)
-    _line(mask, center, last, length / slimness * 0.85)
-
-
-def _rectangle(mask: Mask, center: NDArray[np.float64], area_px2: float, rng: np.random.Generator) -> None:
-    aspect = math.exp(rng.uniform(-0.8, 0.8))
-    half = 0.5 * np.array([math.sqrt(area_px2 * aspect), math.sqrt(area_px2 / aspect)])
-    cv2.rectangle(mask, _pixel(center - half), _pixel(center + half), 255, -1)
-
-
-_SHAPES = (_ellipse, _polygon, _stick, _limb)
-
-
-def _line(mask: Mask, start: NDArray[np.float64], end: NDArray[np.float64], width_px: float) -> None:
-    cv2.line(mask, _pixel(start), _pixel(end), 255, max(1, round(width_px)))
-
-
-def _pair(point: NDArray[np.float64]) -> tuple[float, float]:
-    return float(point[0]), float(point[1])
-
-
-def _pixel(point: NDArray[np.float64]) -> tuple[int, int]:
-    return round(float(point[0])), round(float(point[1]))
-
-
-# ------------------------------------------------------------------------------------------------- other photographs
-
-
-def _body_part(
-    mask: Mask, center: NDArray[np.float64], area_px2: float, donors: Donors, rng: np.random.Generator
-) -> Image:
-    """Draw a limb-shaped mask, and fetch a limb of another person that fits it."""
-    donor = donors.patches[int(rng.integers(len(donors.patches)))]
-    joints, labelled = donor.keypoints[:, :2].astype(np.float64), donor.keypoints[:, 2] > 0
-    bones = [(a, b) for a, b in donors.skeleton if labelled[a] and labelled[b]]
-    if bones:
-        a, b = bones[rng.integers(len(bones))]
-        start, end = joints[a], joints[b]
-    else:
-        start = end = joints[rng.choice(np.flatnonzero(labelled))] if labelled.any() else joints[0]
-    side_px = math.sqrt(float(np.prod(donor.box_xyxy[2:] - donor.box_xyxy[:2])))
-    length = float(np.hypot(*(end - start)))
-    width = max(length * rng.uniform(0.4, 0.9), 0.12 * side_px, 2.0)
-    zoom = math.sqrt(area_px2 / (width * length + math.pi * width**2 / 4))
-    angle = rng.uniform(0, 2 * math.pi)
-    view = _placed((start + end) / 2, center, zoom, angle)
-    ends = np.stack([start, end]) @ view[:, :2].T + view[:, 2]
-    _line(mask, ends[0], ends[1], width * zoom)
-    return _fetched(donor.pixels, view, mask)
-
-
-def _object(mask: Mask, center: NDArray[np.float64], donors: Donors, rng: np.random.Generator) -> Image:
-    """A piece of another photograph as large as the mask, rather beside its person than on it."""
-    donor = donors.patches[int(rng.integers(len(donors.patches)))]
-    height, width = donor.pixels.shape[:2]
-    for _ in range(3):
-        source = rng.uniform(0, 1, 2) * (width - 1, height - 1)
-        if not ((source > donor.box_xyxy[:2]) & (source < donor.box_xyxy[2:])).all():
-            break
-    zoom, angle = math.exp(rng.uniform(-0.9, 0.5)), rng.uniform(0, 2 * math.pi)
-    return _fetched(donor.pixels, _placed(source, center, zoom, angle), mask)
-
-
-def _placed(source: NDArray[np.float64], center: NDArray[np.float64], zoom: float, angle: float) -> NDArray[np.float64]:
-    """(2, 3) similarity that takes `source` to `center`."""
-    view = np.empty((2, 3))
-    view[:, :2] = zoom * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    view[:, 2] = center - view[:, :2] @ source
-    return view
-
-
-def _fetched(pixels: Image, view: NDArray[np.float64], mask: Mask) -> Image:
-    """What `view` shows of a photograph within the mask's window."""
-    rows, columns = _window(mask)
-    view = view.copy()
-    view[:, 2] -= columns.start, rows.start
-    piece = np.empty((rows.stop - rows.start, columns.stop - columns.start, 3), np.uint8)
-    if piece.size:
-        size = piece.shape[1], piece.shape[0]
-        cv2.warpAffine(pixels, view, size, dst=piece, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-    return piece
-
-
-def _window(mask: Mask) -> tuple[slice, slice]:
-    """Rows and columns around all that is drawn, with room for a blurred edge; empty where nothing is."""
-    x, y, width, height = cv2.boundingRect(mask)
-    if not width or not height:
-        return slice(0, 0), slice(0, 0)
-    return (
-        slice(max(y - _EDGE_PX, 0), min(y + height + _EDGE_PX, mask.shape[0])),
-        slice(max(x - _EDGE_PX, 0), min(x + width + _EDGE_PX, mask.shape[1])),
-    )
-
-
-_EDGE_PX = 4
-
-
 # ----------------------------------------------------------------------------------------------------------- pasting
 
 
-def _paste(target: Target, mask: Mask, pixels: Image | None, soft: float, rng: np.random.Generator) -> None:
-    """Paint a crop where the mask is, with `pixels` of the mask's window or a texture of their own."""
-    where = _window(mask)
-    alpha, below = mask[where], target.crop[where]
-    if not alpha.size:
+def _paste(target: Target, canvas: Mask, pixels: Image, config: OcclusionConfig, rng: np.random.Generator) -> None:
+    """Paint a crop where the canvas is not 0, with `pixels` of the canvas's window."""
+    where = window(canvas)
+    numbers, below = canvas[where], target.crop[where]
+    if not numbers.size:
         return
-    if pixels is None:
-        pixels = _texture(target.crop, alpha.shape, rng)
-    if rng.random() < soft:
-        alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), rng.uniform(0.6, 1.6)), np.uint8)
+    if rng.random() < config.jitter:
+        pixels = _jittered(pixels, numbers, rng)
+    solid = 255 if rng.random() >= config.translucent else int(rng.integers(191, 255))
+    alpha = np.asarray(cv2.threshold(numbers, 0, solid, cv2.THRESH_BINARY)[1], np.uint8)
+    soft = rng.random() < config.soft
+    if soft:
+        alpha = np.asarray(cv2.GaussianBlur(alpha, (0, 0), rng.uniform(0.4, 1.8)), np.uint8)
+    if soft or solid < 255:
         share = alpha[..., None].astype(np.uint16)
         below[...] = (pixels * share + below * (255 - share) + 127) // 255
     else:
@@ -347,27 +259,23 @@ def _paste(target: Target, mask: Mask, pixels: Image | None, soft: float, rng: n
     np.maximum(target.covered[where], alpha, out=target.covered[where])
 
 
-def _texture(crop: Image, hw: tuple[int, ...], rng: np.random.Generator) -> Image:
-    """A plain, gradient or striped texture, in colours of the crop more often than not."""
-    height, width = hw
-    kind = rng.random()
-    if kind < 0.4:
-        return np.full((height, width, 3), _color(crop, rng), np.uint8)
-    if kind < 0.7:
-        corners = np.stack([_color(crop, rng) for _ in range(4)]).reshape(2, 2, 3)
-        return np.asarray(cv2.resize(corners, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
-    angle, period_px = rng.uniform(0, math.pi), rng.uniform(3, 16)
-    across = np.arange(width, dtype=np.float32) * np.float32(math.cos(angle) / period_px)
-    down = np.arange(height, dtype=np.float32) * np.float32(math.sin(angle) / period_px)
-    colors = np.stack([_color(crop, rng) for _ in range(2)])
-    stripes: Image = colors[np.floor(across[None] + down[:, None]).astype(np.int32) & 1]
-    return stripes
-
-
-def _color(crop: Image, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _jittered(pixels: Image, numbers: Mask, rng: np.random.Generator) -> Image:
+    """Other colours, sharpness and grain, and a brightness or a colour of its own for each numbered piece."""
+    if rng.random() < 0.7:
+        gain = rng.uniform(0.6, 1.4) * rng.uniform(0.85, 1.15, 3)
+        levels = np.arange(256)[:, None] * gain + rng.uniform(-30, 30)
+        pixels = np.asarray(cv2.LUT(pixels, np.clip(levels, 0, 255).astype(np.uint8)[None]), np.uint8)
+    if numbers.max() > 1:
+        own = rng.random()
+        if own < 0.3:
+            pixels = np.asarray(cv2.applyColorMap(numbers, rng.integers(0, 256, (256, 1, 3), np.uint8)), np.uint8)
+        elif own < 0.7:
+            shades = cv2.LUT(numbers, rng.integers(120, 256, 256, np.uint8))
+            pixels = np.asarray(cv2.multiply(pixels, cv2.merge([shades] * 3), scale=1 / 255), np.uint8)
     if rng.random() < 0.35:
-        return rng.integers(0, 256, 3, dtype=np.uint8)
-    height, width = crop.shape[:2]
-    taken = crop[rng.integers(height), rng.integers(width)]
-    jittered: NDArray[np.uint8] = np.clip(taken + rng.normal(0, 15, 3), 0, 255).astype(np.uint8)
-    return jittered
+        pixels = np.asarray(cv2.GaussianBlur(pixels, (0, 0), rng.uniform(0.5, 2.5)), np.uint8)
+    if rng.random() < 0.35:
+        grain = rng.integers(0, 256, pixels.shape, np.uint8)
+        strength = rng.uniform(0.02, 0.12)
+        pixels = np.asarray(cv2.addWeighted(pixels, 1, grain, strength, -127.5 * strength), np.uint8)
+    return pixels

@@ -276,7 +276,7 @@ def noisy_people(folder: Path, count: int) -> list[Person]:
 def test_a_joint_is_hidden_exactly_where_most_of_it_was_painted_over(tmp_path: Path) -> None:
     patches = [cut_patch(person, PREPROCESS) for person in noisy_people(tmp_path, 4)]
     plain = augment(patches[0], PREPROCESS, KEYPOINTS, STILL, np.random.default_rng(0))
-    sharp = OcclusionConfig(pasted=1, joints=0.5, truncation=0, soft=0)
+    sharp = OcclusionConfig(pasted=1, joints=0.5, truncation=0, soft=0, translucent=0)
     config = msgspec.structs.replace(STILL, occlusion=sharp)
     hidden = wrong = 0
     for seed in range(120):
