@@ -1,0 +1,82 @@
+"""Claims about occlusion, on records whose answers are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import occlusion
+from benchmarks.areas.blocks import AUGMENTED, ORN, PLAIN, orn_clean, orn_vs_augmented, orn_vs_plain
+from benchmarks.context import Context
+from edgepose.data.render import LSP14
+from edgepose.pose import metrics
+from edgepose.profiler.slices import SliceRecord
+
+PEOPLE = 60
+POSE = np.stack([np.arange(14) * 10.0, np.arange(14) * 10.0, np.full(14, 2.0)], 1).astype(np.float32)
+
+
+def record(wrong: float, seed: int = 0) -> SliceRecord:
+    """People of whom a share of all joints is missed by far."""
+    truth = np.repeat(POSE[None], PEOPLE, axis=0)
+    predicted = truth[..., :2].copy()
+    missed = np.random.default_rng(seed).random((PEOPLE, 14)) < wrong
+    predicted[missed] += 1000
+    return SliceRecord(
+        name="x",
+        annotation_id=np.arange(PEOPLE),
+        errors=metrics.measure(predicted, truth, LSP14),
+        hidden=np.zeros((PEOPLE, 14), np.bool_),
+        known=np.ones((PEOPLE, 14), np.bool_),
+        visibility=None,
+    )
+
+
+def context_with(folder: Path, **wrong: float) -> Context:
+    """A run in which every network has been measured already."""
+    context = Context(folder, folder)
+    for arm, networks in (("orn", ORN), ("plain", PLAIN), ("augmented", AUGMENTED)):
+        for seed, network in enumerate(networks):
+            found = {name: record(wrong[arm], seed) for name in ("clean", occlusion.OCCLUDED)}
+            context.once(f"slices {network}", lambda found=found: found)  # type: ignore[misc]
+    return context
+
+
+def test_gains_are_in_points_and_point_to_the_candidate(tmp_path: Path) -> None:
+    context = context_with(tmp_path, orn=0.1, plain=0.5, augmented=0.3)
+    gain = orn_vs_plain(context).value
+    assert 30 < gain < 50
+    lower = orn_vs_augmented(context)
+    assert 10 < lower.value < lower.detail["points"] < 30
+
+
+def test_equal_networks_gain_nothing(tmp_path: Path) -> None:
+    context = context_with(tmp_path, orn=0.2, plain=0.2, augmented=0.2)
+    assert orn_vs_plain(context).value == 0
+    assert orn_vs_augmented(context).value == 0
+    assert orn_clean(context).value == 0
+
+
+def test_a_clean_loss_within_the_bar_does_not_hold_if_its_bound_is_not(tmp_path: Path) -> None:
+    measured = orn_clean(context_with(tmp_path, orn=0.21, plain=0.2, augmented=0.2))
+    point, low = measured.detail["points"], measured.detail["ci95"][0]
+    assert point < 0
+    assert measured.value == pytest.approx(min(point, low + 1.2))
+
+
+def test_networks_measured_on_other_people_are_not_compared(tmp_path: Path) -> None:
+    context = context_with(tmp_path, orn=0.1, plain=0.2, augmented=0.2)
+    few = record(0.2)
+    context._kept[f"slices {PLAIN[0]}"] = (
+        {
+            "clean": few,
+            occlusion.OCCLUDED: SliceRecord(
+                few.name, few.annotation_id + 1, few.errors, few.hidden, few.known, few.visibility
+            ),
+        },
+        None,
+    )
+    with pytest.raises(Exception, match="same"):
+        orn_vs_plain(context)
