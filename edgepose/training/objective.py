@@ -48,7 +48,7 @@ class Objective(nn.Module):
         Args:
             stages: What the network says, after what its earlier stages say.
             batch: Labels.
-            taught: A teacher's outputs, in the same order; it may lack the last ones.
+            taught: A teacher's outputs, in the same order; it may lack the last ones, which then follow the labels.
         """
         *earlier, last = stages
         outputs, located = last.outputs, [last.outputs[i] for i in self._located]
@@ -59,18 +59,19 @@ class Objective(nn.Module):
             loss = loss + self.config.stage_weight * said
         share = self.config.distill_weight
         if taught is None or share <= 0:
-            return loss + self._told_by_labels(outputs, located, batch)
+            return loss + self._told_by_labels(outputs, located, batch, known=0)
         taught_located = [taught[i] for i in self._located]
         loss = (1 - share) * loss + share * distillation_loss(located, taught_located, self.spec.decoder)
-        return loss + self._told_by_teacher(outputs, taught)
+        loss = loss + self._told_by_teacher(outputs, taught)
+        return loss + self._told_by_labels(outputs, located, batch, known=len(taught))
 
-    def _told_by_labels(self, outputs: Outputs, located: Outputs, batch: Batch) -> Tensor | float:
-        """What the network says of itself, against the labels."""
+    def _told_by_labels(self, outputs: Outputs, located: Outputs, batch: Batch, *, known: int) -> Tensor | float:
+        """What the network says of itself, against the labels; a teacher knows better about the first `known`."""
         loss: Tensor | float = 0.0
-        if self._visibility is not None:
+        if self._visibility is not None and self._visibility >= known:
             said = visibility_loss(outputs[self._visibility], batch.visible, batch.known)
             loss = loss + self.config.visibility_weight * said
-        if self._log_error is not None:
+        if self._log_error is not None and self._log_error >= known:
             error_px = distance_px(located, self.spec.decoder, batch.keypoints)
             said = error_loss(outputs[self._log_error], error_px, batch.weights)
             loss = loss + self.config.uncertainty_weight * said

@@ -87,11 +87,15 @@ def test_labels_of_visibility_do_not_count_beside_a_teacher() -> None:
     assert losses[0] == losses[1]
 
 
-def test_a_teacher_may_lack_what_it_does_not_know() -> None:
+def test_what_a_teacher_does_not_say_is_learnt_from_labels() -> None:
+    """A keypoint network may teach an occlusion-robust one, whose visibility and errors must not stay untrained."""
     labels, found = batch(), outputs(1)
     config = msgspec.structs.replace(CONFIG, distill_weight=1.0)
     loss = Objective(ROBUST, config)([Stage(found, None)], labels, outputs(2, robust=False))
+    distance = distance_px(found[:2], SimCC(), labels.keypoints)
     expected = distillation_loss(found[:2], outputs(2, robust=False), SimCC()).item()
+    expected += 0.5 * visibility_loss(found[2], labels.visible, labels.known).item()
+    expected += 0.1 * error_loss(found[3], distance, labels.weights).item()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
