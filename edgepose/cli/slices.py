@@ -17,7 +17,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from edgepose.cli.console import Steps, note, show_table
+from edgepose.cli.console import STDOUT, Steps, note, show_table
 from edgepose.cli.pictures import encode
 from edgepose.data.coco import PoseDataset, dataset, read_image
 from edgepose.data.corrupt import CORRUPTIONS, Corrupted, Occluded, corrupt
@@ -34,6 +34,8 @@ from edgepose.profiler.slices import (
     measure_slices,
     npz_from_slices,
     paired_difference,
+    person_sums,
+    require_comparable,
     shown_metrics,
     slices_from_npz,
     together,
@@ -95,6 +97,9 @@ def check_slice_options(options: SliceOptions, *, slices: bool, predictions: Pat
     for name in SliceOptions.__dataclass_fields__:
         if not slices and getattr(options, name) is not None:
             raise UsageError(f"--{name}", found="no --slices", expected="both or neither", fix="add --slices")
+    for name, path in (("records", options.records), ("pictures", options.pictures)):
+        if path == STDOUT:
+            raise UsageError(f"--{name}", found="-, which is stdout", expected="a name: it is no text")
     if slices and predictions is not None:
         fix = "keep the errors with --records, or leave --slices off"
         raise UsageError("--predictions", found="--slices, which has many pictures per person", fix=fix)
@@ -111,10 +116,14 @@ def slice_report(
     base = slices_from_npz(options.against) if options.against else None
     measured = people.sample(options.people, seed=0) if options.people else people
     lenders = lenders_of(people)
+    draws = options.draws or 1
+    for name in sorted(set(base or {}) & set(CORRUPTIONS)):
+        require_comparable((base or {})[name], measured, draws=draws)
     rendered = _rendered(options, people.keypoints, progress)
+    if base is not None and rendered is not None and "rendered" in base:
+        require_comparable(base["rendered"], rendered, draws=1)
     if options.pictures:
         atomic_write(options.pictures / SHEET, encode(contact_sheet(measured, lenders), ".png"))
-    draws = options.draws or 1
     told = progress.step("measuring slices")
     records = measure_slices(estimator, measured, draws=draws, lenders=lenders, progress=told)
     if rendered is not None:
@@ -175,6 +184,8 @@ def _differences(
         for joints in _selections(record):
             found = {
                 metric: paired_difference([base[name]], [record], metric, joints, draws=2000)
+                if person_sums(record, metric, joints)[1].any()
+                else Interval(*[float("nan")] * 3)  # nobody of them has a torso, say
                 for metric in shown_metrics(keypoints)
             }
             rows.append({"slice": name, "joints": joints, "differences": _plain(found)})
@@ -249,7 +260,8 @@ def _cell(interval: Mapping[str, float], scale: float = 100, sign: str = "") -> 
     if not math.isfinite(value):
         return "–"
     digits = 1 if scale > 1 else 3
-    return f"{scale * value:{sign}.{digits}f} ± {scale * half:.{digits}f}"
+    bounds = f" ± {scale * half:.{digits}f}" if math.isfinite(half) else ""  # none of one person
+    return f"{scale * value:{sign}.{digits}f}{bounds}"
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from edgepose.errors import AnnotationError, BadInput, SpecError, UsageError
 from edgepose.pose import metrics
 from edgepose.pose.calibration import auroc, expected_calibration_error
 from edgepose.profiler.accuracy import Estimator, Progress
-from edgepose.profiler.stats import Interval, PairedDifference, paired_bootstrap
+from edgepose.profiler.stats import Interval, paired_bootstrap
 from edgepose.spec import Keypoints
 
 Joints = Literal["all", "hidden", "seen"]
@@ -84,7 +85,7 @@ def measure_slices(
         progress: Called after each person with pictures done and pictures in all.
 
     Raises:
-        AnnotationError: The data set holds nobody.
+        AnnotationError: The data set holds nobody, or somebody whose box lies outside the photograph.
         ImageError: A photograph cannot be read.
         SpecError: The estimator's poses do not fit the data set's keypoints.
         UsageError: An unknown name, or `draws` is below 1.
@@ -96,7 +97,7 @@ def measure_slices(
     if draws < 1:
         raise UsageError("draws", found=str(draws), expected="1 or more")
     photographs = lenders_of(dataset) if lenders is None else lenders
-    repeats = {name: draws if isinstance(CORRUPTIONS[name], (Occluded, Truncated)) else 1 for name in names}
+    repeats = {name: _repeats(name, draws) for name in names}
     rows: dict[str, list[_Row]] = {name: [] for name in names}
     done, whole = 0, len(dataset) * sum(repeats.values())
     for person in dataset.persons:
@@ -109,6 +110,11 @@ def measure_slices(
         if progress is not None:
             progress(done, whole)
     return {name: _record(name, found, dataset.keypoints) for name, found in rows.items()}
+
+
+def _repeats(name: str, draws: int) -> int:
+    """Pictures per person of a slice: `draws` where chance decides what happens to them."""
+    return draws if isinstance(CORRUPTIONS.get(name), (Occluded, Truncated)) else 1
 
 
 def lenders_of(dataset: PoseDataset) -> tuple[Path, ...]:
@@ -127,7 +133,11 @@ class _Row:
 
 
 def _predicted(estimator: Estimator, picture: Corrupted, person: Person) -> _Row:
-    poses = estimator(picture.frame, picture.box_xyxy[None])
+    try:
+        poses = estimator(picture.frame, picture.box_xyxy[None])
+    except AnnotationError as err:
+        where = f"{person.image}: annotation {person.annotation_id}: {err.where}"
+        raise AnnotationError(where, found=err.found, expected=err.expected, fix=err.fix) from err
     if poses.keypoints.shape != (1, len(picture.keypoints), 2):
         raise SpecError(
             "predicted keypoints",
@@ -204,19 +214,25 @@ def person_sums(
 def intervals(
     record: SliceRecord, wanted: Sequence[str], joints: Joints = "all", *, seed: int = 0, draws: int = 2000
 ) -> dict[str, Interval]:
-    """Metrics with 95 % bounds from a bootstrap over persons; NaN where no joint counts.
+    """Metrics with 95 % bounds from a bootstrap over persons.
+
+    Returns:
+        By metric; NaN where no joint counts, and bounds of NaN where those of one person only do.
 
     Raises:
         SpecError: As `person_sums`.
     """
+    found = {metric: Interval(*[float("nan")] * 3) for metric in wanted}
+    alike: dict[bytes, list[str]] = {}  # metrics that count the same people are drawn together
     sums = {metric: person_sums(record, metric, joints) for metric in wanted}
-    counted = [metric for metric in wanted if sums[metric][1].sum() > 0]
-    found = dict.fromkeys(wanted, Interval(*[float("nan")] * 3))
-    if counted:
-        right, counts = (np.stack([sums[metric][i] for metric in counted], axis=1) for i in range(2))
+    for metric, (_, counts) in sums.items():
+        if counts.any():
+            alike.setdefault((counts > 0).tobytes(), []).append(metric)
+    for group in alike.values():
+        right, counts = (np.stack([sums[metric][i] for metric in group], axis=1) for i in range(2))
         nothing = np.zeros_like(right)  # the difference to a network that finds nothing is the metric itself
-        bootstrap = paired_bootstrap(nothing, right, counts, seed=seed, draws=draws, clusters=record.annotation_id)
-        found.update(zip(counted, _bounded(bootstrap), strict=True))
+        bounded = _bounded((nothing, right), counts, record.annotation_id, seed=seed, draws=draws)
+        found.update(zip(group, bounded, strict=True))
     return found
 
 
@@ -230,6 +246,8 @@ def paired_difference(
     draws: int = 10_000,
 ) -> Interval:
     """Candidate minus baseline on one slice, as a fraction, with 95 % bounds from a paired bootstrap over persons.
+
+    The bounds are NaN where the joints of one person only count.
 
     Args:
         base: Records of the baseline, one per training seed; their mean is compared.
@@ -249,17 +267,20 @@ def paired_difference(
     for other in (*base, *candidate):
         _require_same_pictures(first, other)
     counts = person_sums(first, metric, joints)[1]
-    arms = [np.mean([person_sums(r, metric, joints)[0] for r in arm], axis=0)[:, None] for arm in (base, candidate)]
-    bootstrap = paired_bootstrap(
-        arms[0], arms[1], counts[:, None], seed=seed, draws=draws, clusters=first.annotation_id
+    if not counts.any():
+        found = f"no {metric} of {joints} joints in {first.name}"
+        raise BadInput("paired difference", found=found, expected="at least one joint that counts")
+    ours, theirs = (
+        np.mean([person_sums(r, metric, joints)[0] for r in arm], axis=0)[:, None] for arm in (base, candidate)
     )
-    return _bounded(bootstrap)[0]
+    return _bounded((ours, theirs), counts[:, None], first.annotation_id, seed=seed, draws=draws)[0]
 
 
 def visibility_quality(record: SliceRecord, *, seed: int = 0) -> dict[str, Interval]:
     """How well a network says which joints can be seen: `auroc`, and `ece` over 15 bins of equal mass.
 
-    The bounds come from a bootstrap over persons. Those of `ece` are cautious: resampling itself adds to it.
+    The bounds come from a bootstrap over persons, NaN of one person. Those of `ece` are cautious: resampling itself
+    adds to it.
 
     Returns:
         Nothing where the network does not say, or all known joints are of one kind.
@@ -280,17 +301,56 @@ def visibility_quality(record: SliceRecord, *, seed: int = 0) -> dict[str, Inter
     for _ in range(_VISIBILITY_DRAWS):
         rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
         replicates.append((auroc(said[rows], truth[rows]), expected_calibration_error(said[rows], truth[rows])))
-    low, high = np.nanquantile(np.array(replicates), [ALPHA, 1 - ALPHA], axis=0)
     estimates = auroc(said, truth), expected_calibration_error(said, truth)
-    return {
-        name: Interval(estimates[i], min(float(low[i]), estimates[i]), max(float(high[i]), estimates[i]))
-        for i, name in enumerate(("auroc", "ece"))
-    }
+    low, high = np.nanquantile(np.array(replicates), [ALPHA, 1 - ALPHA], axis=0)
+    low, high = np.minimum(low, estimates), np.maximum(high, estimates)
+    if len(groups) == 1:
+        low, high = np.full(2, np.nan), np.full(2, np.nan)
+    return {name: Interval(estimates[i], float(low[i]), float(high[i])) for i, name in enumerate(("auroc", "ece"))}
 
 
-def _bounded(bootstrap: PairedDifference) -> list[Interval]:
+def _bounded(
+    arms: tuple[NDArray[np.float64], NDArray[np.float64]],
+    counts: NDArray[np.float64],
+    persons: NDArray[np.int64],
+    *,
+    seed: int,
+    draws: int,
+) -> list[Interval]:
+    """The difference of two arms in M metrics that count joints in the same of R rows.
+
+    Args:
+        arms: (R, M) sums of the baseline and of the candidate.
+        counts: (R, M) joints behind them.
+        persons: (R,) whose row it is.
+        seed: Of the bootstrap.
+        draws: Replicates.
+    """
+    rows = counts[:, 0] > 0  # a draw of people of whom nothing counts would have no figure
+    base, candidate, weights, owners = arms[0][rows], arms[1][rows], counts[rows], persons[rows]
+    bootstrap = paired_bootstrap(base, candidate, weights, seed=seed, draws=draws, clusters=owners)
     low, high = bootstrap.bounds(ALPHA)
+    if (owners == owners[0]).all():  # one person says nothing about others
+        low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
     return [Interval(*map(float, row)) for row in zip(bootstrap.difference, low, high, strict=True)]
+
+
+def require_comparable(record: SliceRecord, dataset: PoseDataset, *, draws: int) -> None:
+    """Refuses a record of other people, known before anything is measured, to compare a measurement with.
+
+    Raises:
+        SpecError: It is not of that data set's people with as many draws, or its labels have changed since.
+    """
+    repeats = _repeats(record.name, draws)
+    owners = np.repeat(np.array([person.annotation_id for person in dataset.persons], np.int64), repeats)
+    extents = np.repeat(metrics.extent_px(np.stack([person.keypoints for person in dataset.persons])), repeats)
+    same = (
+        np.array_equal(record.annotation_id, owners)
+        and record.errors.errors_px.shape[1] == dataset.keypoints.count
+        and np.array_equal(record.errors.extent_px, extents, equal_nan=True)
+    )
+    if not same:
+        raise _other_pictures(f"{len(record)} pictures in {record.name}", f"the {len(owners)} to be measured")
 
 
 def _require_same_pictures(first: SliceRecord, other: SliceRecord) -> None:
@@ -299,14 +359,17 @@ def _require_same_pictures(first: SliceRecord, other: SliceRecord) -> None:
         and np.array_equal(first.hidden, other.hidden)
         and np.array_equal(first.known, other.known)
         and np.array_equal(np.isnan(first.errors.errors_px), np.isnan(other.errors.errors_px))
+        and np.array_equal(first.errors.torso_px, other.errors.torso_px, equal_nan=True)
+        and np.array_equal(first.errors.extent_px, other.errors.extent_px, equal_nan=True)
     )
     if not same:
-        raise SpecError(
-            "paired slices",
-            found=f"{len(first)} pictures of {first.name} and {len(other)} of {other.name}",
-            expected="the same pictures of the same people",
-            fix="measure both networks on one data set, with as many draws",
-        )
+        found = f"{len(first)} pictures of {first.name} and {len(other)} of {other.name}"
+        raise _other_pictures(found, "the same pictures of the same people")
+
+
+def _other_pictures(found: str, expected: str) -> SpecError:
+    fix = "measure both networks on one data set, with as many draws"
+    return SpecError("paired slices", found=found, expected=expected, fix=fix)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -343,25 +406,30 @@ def slices_from_npz(path: Path) -> dict[str, SliceRecord]:
     """
     expected, fix = "records that edgepose eval --slices --records wrote", "measure the network again"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile) or not archive.files:
+            raise ValueError("no archive of arrays")
+        with archive:
             arrays = {key: archive[key] for key in archive.files}
         names = dict.fromkeys(key.partition(":")[0] for key in arrays)
         return {name: _from_arrays(name, arrays) for name in names}
     except KeyError as err:
         raise SpecError(str(path), found=f"no array {err}", expected=expected, fix=fix) from err
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as err:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as err:
         raise SpecError(str(path), found=f"{err}", expected=expected, fix=fix) from err
 
 
 def _from_arrays(name: str, arrays: Mapping[str, NDArray[Any]]) -> SliceRecord:
-    errors = metrics.JointErrors(
-        *(arrays[f"{name}:{field}"] for field in ("errors_px", "torso_px", "extent_px", "limb12"))
-    )
-    return SliceRecord(
-        name,
-        arrays[f"{name}:annotation_id"],
-        errors,
-        arrays[f"{name}:hidden"],
-        arrays[f"{name}:known"],
-        arrays.get(f"{name}:visibility"),
-    )
+    found = {field: arrays[f"{name}:{field}"] for field in _ARRAYS if field != "visibility"}
+    if (visibility := arrays.get(f"{name}:visibility")) is not None:
+        found["visibility"] = visibility
+    table = found["errors_px"].shape
+    for field, array in found.items():
+        expected = table[:1] if field in _PER_PICTURE else table[1:] if field == "limb12" else table
+        if len(table) != 2 or array.shape != expected:
+            raise ValueError(f"{name}: {field} of shape {array.shape} beside errors of shape {table}")
+    errors = metrics.JointErrors(*(found[field] for field in ("errors_px", "torso_px", "extent_px", "limb12")))
+    return SliceRecord(name, found["annotation_id"], errors, found["hidden"], found["known"], visibility)
+
+
+_PER_PICTURE = ("annotation_id", "torso_px", "extent_px")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -40,7 +41,7 @@ def test_slices_of_a_bundle(cli: Cli, bundle: Path, people: Path, tmp_path: Path
     assert covered["metrics"]["pck_extent_0.1"]["value"] < clean["metrics"]["pck_extent_0.1"]["value"]
     for row in rows.values():
         for interval in row["metrics"].values():
-            assert interval["value"] is None or interval["low"] <= interval["value"] <= interval["high"]
+            assert interval["low"] is None or interval["low"] <= interval["value"] <= interval["high"]
     # Two keypoints are no person: that is said, and nothing is made up.
     assert "no self-occluded joints" in outcome.err
     assert "occluded 30" in outcome.out
@@ -60,10 +61,13 @@ def test_slices_of_a_bundle(cli: Cli, bundle: Path, people: Path, tmp_path: Path
         assert row["differences"]["pck_extent_0.1"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert "against s.npz" in again.err
 
-    # Other pictures cannot be compared.
-    other = cli("eval", bundle, "--data", people, "--slices", "--people", 4, "--against", tmp_path / "s.npz")
+    # Other pictures cannot be compared, and that is said before any is made.
+    look = tmp_path / "never"
+    other = cli("eval", bundle, "--data", people, "--slices", "--people", 4, "--against", tmp_path / "s.npz",
+                "--pictures", look)  # fmt: skip
     assert other.code == 2
-    assert "the same pictures of the same people" in other.err
+    assert "found 5 pictures in clean, expected the 4 to be measured" in other.err
+    assert not look.exists()
 
 
 def test_rendered_people_with_other_keypoints_are_refused(cli: Cli, bundle: Path, people: Path, tmp_path: Path) -> None:
@@ -81,6 +85,8 @@ def test_rendered_people_with_other_keypoints_are_refused(cli: Cli, bundle: Path
         (["--pictures", "x"], "--pictures: found no --slices"),
         (["--slices", "--predictions", "x.json"], "--predictions: found --slices"),
         (["--slices", "--json", "x", "--records", "x"], "the same name given twice"),
+        (["--slices", "--records", "-"], "--records: found -, which is stdout"),
+        (["--slices", "--pictures", "-"], "--pictures: found -, which is stdout"),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(
@@ -161,3 +167,26 @@ def test_rendered_people_are_made_once_and_hide_their_own_joints(
     assert given["rendered"]["persons"] == 3
     with pytest.raises(DataUnavailable, match="nowhere"):
         slice_report(seeing_network(), people, SliceOptions(rendered=tmp_path / "nowhere"), Steps(None))
+
+
+def test_people_of_whom_nobody_has_a_torso_are_compared_by_what_they_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One person, without a torso: no figure of torsos, no bounds, and no fault."""
+    write_coco(tmp_path, "val", 1, 1, RenderConfig(size_hw=(48, 48)))
+    document = json.loads((tmp_path / "val.json").read_text())
+    for annotation in document["annotations"]:
+        annotation["keypoints"][3 * LSP14.names.index("left_shoulder") + 2] = 0
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    people, records = dataset(tmp_path, "val"), tmp_path / "r.npz"
+    asked = SliceOptions(rendered=tmp_path, records=records)
+    slice_report(seeing_network(), people, asked, Steps(None))
+    result = slice_report(seeing_network(), people, replace(asked, against=records), Steps(None))
+    row = result["against"]["slices"][0]["differences"]
+    assert row["limb12_extent_0.1"]["value"] == 0
+    assert np.isnan([row["pck_torso_0.2"]["value"], row["limb12_extent_0.1"]["low"]]).all()
+    told = {"subject": "x", "backend": "y", "precision": "z", "dataset": {"file": "val.json"}}
+    show_slices(result | told, err=False)
+    shown = capsys.readouterr().out
+    assert "–" in shown
+    assert "nan" not in shown

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgepose.data.coco import PoseDataset, dataset
 from edgepose.data.corrupt import CORRUPTIONS
-from edgepose.errors import BadInput, SpecError, UsageError
+from edgepose.errors import AnnotationError, BadInput, SpecError, UsageError
 from edgepose.pose import metrics
 from edgepose.profiler import accuracy
 from edgepose.profiler.accuracy import Estimator
@@ -24,6 +24,7 @@ from edgepose.profiler.slices import (
     measure_slices,
     npz_from_slices,
     paired_difference,
+    require_comparable,
     shown_metrics,
     slices_from_npz,
     together,
@@ -180,12 +181,65 @@ def test_only_the_same_pictures_are_compared() -> None:
         record([[1.0, 2.0], [3.0, 4.0]], [[True, False], [False, False]]),
         record([[1.0, 2.0], [3.0, np.nan]]),
         dataclasses.replace(base, annotation_id=np.array([0, 7])),
+        # Another data set may number its people alike, and hide nothing either.
+        dataclasses.replace(base, errors=dataclasses.replace(base.errors, extent_px=np.array([20.0, 21.0]))),
+        dataclasses.replace(base, errors=dataclasses.replace(base.errors, torso_px=np.array([np.nan, 10.0]))),
     ]
     for other in others:
         with pytest.raises(SpecError, match="same pictures of the same people"):
             paired_difference([base], [other], "pck_torso_0.2")
     with pytest.raises(BadInput, match="an arm without records"):
         paired_difference([], [base], "pck_torso_0.2")
+
+
+def test_bounds_are_those_of_the_people_that_count() -> None:
+    """One of twelve hides no joint: draws of nobody else would make a network that is always right look wrong."""
+    hidden = [[True, False]] * 2 + [[False, False]] * 10
+    found = record([[1.0, 9.0]] * 12, hidden)
+    interval = intervals(found, ["pck_torso_0.2"], "hidden")["pck_torso_0.2"]
+    assert (interval.estimate, interval.low, interval.high) == (1.0, 1.0, 1.0)
+    worse = record([[5.0, 9.0]] * 12, hidden)
+    difference = paired_difference([worse], [found], "pck_torso_0.2", "hidden")
+    assert (difference.estimate, difference.low, difference.high) == (1.0, 1.0, 1.0)
+
+
+def test_one_person_has_no_bounds() -> None:
+    one = record([[1.0, 9.0]], [[True, False]], [[0.2, 0.7]])
+    many = together([one, one], "drawn twice")
+    found = [
+        intervals(many, ["pck_torso_0.2"])["pck_torso_0.2"],
+        paired_difference([many], [many], "pck_torso_0.2"),
+        visibility_quality(many)["auroc"],
+    ]
+    assert [interval.estimate for interval in found] == [0.5, 0.0, 1.0]
+    assert np.isnan([(interval.low, interval.high) for interval in found]).all()
+
+
+def test_a_comparison_of_what_does_not_count_is_refused() -> None:
+    base = record([[1.0, 2.0]])
+    with pytest.raises(BadInput, match=r"found no pck_torso_0\.2 of hidden joints in made"):
+        paired_difference([base], [base], "pck_torso_0.2", "hidden")
+
+
+def test_records_of_other_people_are_known_before_anything_is_measured(people: PoseDataset) -> None:
+    records = measure_slices(off_by(0.0), people, names=("clean", "truncated"), draws=2)
+    for record_ in records.values():
+        require_comparable(record_, people, draws=2)
+    require_comparable(records["clean"], people, draws=3)
+    moved = [dataclasses.replace(p, keypoints=p.keypoints * np.float32(1.1)) for p in people.persons]
+    for other in (people.subset([10, 20]), dataclasses.replace(people, persons=tuple(moved))):
+        with pytest.raises(SpecError, match="found 9 pictures in clean, expected the"):
+            require_comparable(records["clean"], other, draws=2)
+    with pytest.raises(SpecError, match="found 18 pictures in truncated, expected the 27 to be measured"):
+        require_comparable(records["truncated"], people, draws=3)
+
+
+def test_a_box_outside_of_its_photograph_is_named(people: PoseDataset) -> None:
+    def strict(frame: NDArray[np.uint8], boxes: NDArray[np.float64]) -> Poses:
+        raise AnnotationError("boxes[0]", found="a box outside the frame")
+
+    with pytest.raises(AnnotationError, match=r"1\.png: annotation 10: boxes\[0\]: found a box outside"):
+        measure_slices(strict, people, names=("clean",))
 
 
 def test_visibility_is_judged_on_known_joints() -> None:
@@ -238,7 +292,21 @@ def test_a_file_without_records_is_named(content: bytes, tmp_path: Path) -> None
 def test_a_file_with_missing_arrays_is_named(people: PoseDataset, tmp_path: Path) -> None:
     path = tmp_path / "records.npz"
     np.savez(path, **{"clean:hidden": np.zeros((1, 2), bool)})
-    with pytest.raises(SpecError, match=r"no array 'clean:errors_px'"):
+    with pytest.raises(SpecError, match=r"no array 'clean:annotation_id'"):
+        slices_from_npz(path)
+
+
+def test_a_file_of_other_arrays_is_named(people: PoseDataset, tmp_path: Path) -> None:
+    path, records = tmp_path / "records.npz", measure_slices(off_by(0.0), people, names=("clean",))
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(SpecError, match="no archive of arrays"):
+        slices_from_npz(path)
+    np.savez(path)
+    with pytest.raises(SpecError, match="no archive of arrays"):
+        slices_from_npz(path)
+    path.write_bytes(npz_from_slices({"clean": dataclasses.replace(records["clean"], hidden=np.zeros((3, 3), bool))}))
+    with pytest.raises(SpecError, match=r"clean: hidden of shape \(3, 3\) beside errors of shape \(9, 12\)"):
         slices_from_npz(path)
 
 
