@@ -1,4 +1,4 @@
-"""`python benchmarks/ablations.py [NAME …] [--table]`: what each choice buys, on short runs of a small network.
+"""`python benchmarks/ablations.py [NAME … | --table]`: what each choice buys, on short runs of a small network.
 
 Every run changes one thing against another run. Its record (settings, digests, the curve on dev, multiply-accumulates)
 is kept in benchmarks/ablations/NAME.json; `--table` prints the table of docs/zoo.md from the records.
@@ -185,6 +185,8 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the table of the records there are, and stop")
     options = parser.parse_args()
     if options.table:
+        if options.names:
+            parser.error("--table shows all records there are: leave the names off")
         print(table(kept()), end="")
         return 0
     try:

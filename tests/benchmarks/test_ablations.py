@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.ablations import ABLATIONS, table
+from benchmarks.ablations import ABLATIONS, main, table
 
 
 def record(name: str, *figures: float, best: int = -1) -> dict[str, Any]:
@@ -44,3 +44,11 @@ def test_every_run_changes_something_against_one_that_there_is(name: str) -> Non
     assert (ablation.network, ablation.config) != (base.network, base.config)
     assert ablation.config.epochs == base.config.epochs
     assert ablation.network.input_hw == base.network.input_hw
+
+
+def test_names_beside_table_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["ablations.py", "muon", "--table"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "leave the names off" in capsys.readouterr().err
