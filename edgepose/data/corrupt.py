@@ -144,7 +144,7 @@ def corrupt(
     # The four shares of occlusion grow out of one draw, so that they differ in share only.
     family = tuple(type(c) for c in CORRUPTIONS.values()).index(type(corruption))
     rng = np.random.default_rng((draw, person.annotation_id % 2**63, family))
-    unit_px = float(person.bbox_xywh[2:].max()) * _PADDING / REFERENCE_PX  # pixels of the frame per reference pixel
+    unit_px = _box_side_px(frame, person.box_xyxy) * _PADDING / REFERENCE_PX  # pixels of the frame per reference pixel
     nothing = np.zeros(frame.shape[:2], np.bool_)
     match corruption:
         case Clean():
@@ -174,10 +174,15 @@ def _labelled(frame: Image, box: Points, keypoints: NDArray[np.float32], covered
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
     under = np.zeros(len(keypoints), np.bool_)
     if covered.any():
-        side_px = float((box[2:] - box[:2]).max())
+        side_px = _box_side_px(frame, box)
         under[inside] = joints_covered(covered.astype(np.uint8) * 255, keypoints[inside, :2], side_px)
     hidden = known & (under | ~inside | (keypoints[:, 2] == 1))
     return Corrupted(frame, box, keypoints, hidden, known, covered)
+
+
+def _box_side_px(frame: Image, box: Points) -> float:
+    """Larger side of a box; of one far larger than its photograph, only so much that blur stays within memory."""
+    return float(min((box[2:] - box[:2]).max(), 16 * max(frame.shape[:2])))
 
 
 # --------------------------------------------------------------------------------------------------------- truncation

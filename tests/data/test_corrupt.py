@@ -60,6 +60,15 @@ def test_only_the_covered_pixels_change_and_joints_under_them_are_hidden() -> No
     assert np.array_equal(FRAME, before)
 
 
+@pytest.mark.parametrize("corruption", [Occluded(0.3), *(c for c in CORRUPTIONS.values() if type(c) is not Occluded)])
+def test_boxes_far_larger_than_the_photograph_or_beside_it_take_no_more_memory(corruption: Corruption) -> None:
+    small = FRAME[:40, :30]
+    for box in ((0.0, 0.0, 1e9, 1.0), (-5.0, -5.0, 3.0, 1e6), (400.0, 400.0, 20.0, 20.0)):
+        picture = corrupt(corruption, small, person(1, box))
+        assert picture.frame.size > 0
+        assert picture.hidden.tolist() == [True, True, False, True, True]  # all joints are beyond the photograph
+
+
 def test_shares_grow_out_of_one_draw() -> None:
     """Where little was covered, more covers it too, so slices differ by share and not by luck."""
     for number in range(12):
