@@ -25,6 +25,8 @@ def heatmap_peaks(
 ) -> tuple[Floats, Floats]:
     """All peaks of one map: the several people of a bottom-up network, or the second thoughts of a top-down one.
 
+    For callers with such networks: `PoseEstimator` crops a person at a time and takes each map's highest peak.
+
     Args:
         heatmap: (h, w) float, the map of one keypoint.
         decoder: Gives stride and refinement.

@@ -40,10 +40,11 @@ class OneEuro(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forget_after_s: float = 0.5
 
     def __post_init__(self) -> None:
-        """Refuses what would make the filter grow instead of settle."""
-        positive = self.min_cutoff_hz > 0 and self.speed_cutoff_hz > 0 and self.forget_after_s > 0
-        if not (positive and self.beta >= 0):
-            raise UsageError("one-euro filter", found=f"{self}", expected="cutoffs and times above 0, beta at least 0")
+        """Refuses what would make the filter grow instead of settle, or say that nothing is a number."""
+        positive = 0 < self.min_cutoff_hz < np.inf and 0 < self.speed_cutoff_hz < np.inf and self.forget_after_s > 0
+        if not (positive and 0 <= self.beta < np.inf):
+            expected = "finite cutoffs above 0, a time above 0, beta at least 0 and finite"
+            raise UsageError("one-euro filter", found=f"{self}", expected=expected)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -144,6 +144,7 @@ def test_what_does_not_fit_is_refused() -> None:
         smooth_people(state, [0], np.zeros((2, 3, 2)), 0.1)
     with pytest.raises(UsageError, match="the same person twice"):
         smooth_people(state, [0, 0], np.zeros((2, 3, 2)), 0.1)
-    for bad in ({"min_cutoff_hz": 0.0}, {"beta": -1.0}, {"speed_cutoff_hz": math.nan}, {"forget_after_s": 0.0}):
+    zeros = {"min_cutoff_hz": 0.0}, {"beta": -1.0}, {"speed_cutoff_hz": math.nan}, {"forget_after_s": 0.0}
+    for bad in (*zeros, {"min_cutoff_hz": math.inf}, {"speed_cutoff_hz": math.inf}, {"beta": math.inf}):
         with pytest.raises(UsageError, match="one-euro filter"):
             OneEuro(**bad)
