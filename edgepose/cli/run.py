@@ -96,6 +96,9 @@ def run(
         check_output_suffix(out, opened.kind)
     if smooth and opened.kind != "video":
         raise UsageError("--smooth", found=f"{source}, which has no time", expected="a video", fix="leave it off")
+    if max_oks is not None and boxes is None:
+        found = "no --boxes, so one pose per frame"
+        raise UsageError("--oks-nms", found=found, expected="several boxes", fix="give --boxes, or leave it off")
     people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
     rows: list[dict[str, Any]] = []
     with PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test) as estimator:

@@ -277,6 +277,7 @@ def test_folder_without_photographs(cli: Cli, bundle: Path, tmp_path: Path) -> N
         (["--precision", "int9"], "found 'int9'"),
         (["--precision", "int8"], "expected int8"),
         (["--min-score", "high"], "--min-score"),
+        (["--oks-nms", "0.9"], "--oks-nms: found no --boxes, so one pose per frame"),
         (["--bokses", "x"], "--bokses"),
     ],
 )
