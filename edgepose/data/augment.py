@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import Annotated, TypedDict, Unpack
 
 import cv2
 import msgspec
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.data.cover import joints_covered
-from edgepose.data.occlude import Donors, OcclusionConfig, Target, occlude, severity, truncated
+from edgepose.data.occlude import Donors, OcclusionConfig, Share, Target, Weight, occlude, severity, truncated
 from edgepose.data.patch import Patch, cut_patch
 from edgepose.pose.preprocess import crop_transforms
 from edgepose.spec import Keypoints, Preprocess
@@ -30,7 +30,7 @@ class AugmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         rotation_deg: Standard deviation of the rotation.
         rotation_max_deg: Largest rotation.
-        scale: Largest zoom factor in either direction.
+        scale: Largest zoom factor in either direction, at least 1.
         shift: Largest shift as a share of the crop.
         mirror: Probability of mirroring.
         color: Strength of brightness, contrast and saturation changes, 0..1.
@@ -39,14 +39,14 @@ class AugmentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         occlusion: Things in front of the person; None for none.
     """
 
-    rotation_deg: float = 30.0
-    rotation_max_deg: float = 150.0
-    scale: float = 1.4
-    shift: float = 0.08
-    mirror: float = 0.5
-    color: float = 0.3
-    cutout: float = 0.3
-    blur: float = 0.1
+    rotation_deg: Weight = 30.0
+    rotation_max_deg: Weight = 150.0
+    scale: Annotated[float, msgspec.Meta(ge=1)] = 1.4
+    shift: Share = 0.08
+    mirror: Share = 0.5
+    color: Share = 0.3
+    cutout: Share = 0.3
+    blur: Share = 0.1
     occlusion: OcclusionConfig | None = None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import cv2
 import msgspec
@@ -27,6 +28,8 @@ __all__ = ["Donors", "OcclusionConfig", "Target", "occlude", "severity", "trunca
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Weight = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class OcclusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,25 +59,25 @@ class OcclusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ramp: Share of the run until the severity is 1.
     """
 
-    pasted: float = 0.6
-    largest: float = 0.7
-    shapes: float = 0.3
-    body_parts: float = 0.2
-    objects: float = 0.25
-    scene: float = 0.2
-    cutout: float = 0.05
-    single: float = 0.35
-    clutter: float = 0.35
-    tangles: float = 0.15
-    walls: float = 0.15
-    joints: float = 0.2
-    truncation: float = 0.15
-    largest_truncation: float = 0.45
-    soft: float = 0.6
-    translucent: float = 0.15
-    jitter: float = 0.6
-    start: float = 0.3
-    ramp: float = 0.3
+    pasted: Share = 0.6
+    largest: Share = 0.7
+    shapes: Weight = 0.3
+    body_parts: Weight = 0.2
+    objects: Weight = 0.25
+    scene: Weight = 0.2
+    cutout: Weight = 0.05
+    single: Weight = 0.35
+    clutter: Weight = 0.35
+    tangles: Weight = 0.15
+    walls: Weight = 0.15
+    joints: Share = 0.2
+    truncation: Share = 0.15
+    largest_truncation: Share = 0.45
+    soft: Share = 0.6
+    translucent: Share = 0.15
+    jitter: Share = 0.6
+    start: Share = 0.3
+    ramp: Share = 0.3
 
 
 @dataclass(frozen=True, slots=True, eq=False)

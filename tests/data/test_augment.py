@@ -322,3 +322,27 @@ def test_occlusion_leaves_patches_and_donors_alone(tmp_path: Path) -> None:
     for patch, arrays in zip(patches, before, strict=True):
         for now, then in zip((patch.pixels, patch.box_xyxy, patch.keypoints), arrays, strict=True):
             assert np.array_equal(now, then)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"scale": 0.5}',
+        '{"shift": -0.1}',
+        '{"mirror": 2}',
+        '{"occlusion": {"pasted": 1.5}}',
+        '{"occlusion": {"shapes": -1}}',
+        '{"occlusion": {"largest_truncation": 3}}',
+        '{"occlusion": {"ramp": -0.5}}',
+        '{"occlusion": {"colour": 1}}',
+    ],
+)
+def test_settings_from_a_file_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(text, type=AugmentConfig)
+
+
+def test_settings_survive_their_file() -> None:
+    config = AugmentConfig(occlusion=OcclusionConfig(shapes=3.0, ramp=0))
+    assert msgspec.json.decode(msgspec.json.encode(config), type=AugmentConfig) == config
+    assert msgspec.convert(msgspec.to_builtins(config), AugmentConfig) == config
