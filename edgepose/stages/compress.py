@@ -23,7 +23,7 @@ from edgepose.spec import ModelSpec
 from edgepose.stages.networks import load_network
 from edgepose.stages.settings import PruneStage, QuantiseStage
 from edgepose.stages.source import Source
-from edgepose.training.batches import AugmentedPeople, to_input
+from edgepose.training.batches import AugmentedPeople, layout_of, to_input
 from edgepose.training.config import TrainConfig
 from edgepose.training.loop import RunOptions, dev_metrics, fit
 from edgepose.training.predict import Crops, cut_crops, predict
@@ -150,7 +150,8 @@ def _losses(spec: ModelSpec, people: PoseDataset, seed: int) -> Any:
     def losses(network: nn.Module) -> Iterator[Tensor]:
         for number in range(len(batches)):
             batch = batches[number]
-            yield keypoint_loss(network(to_input(batch.crops, spec)), batch.targets, batch.weights, spec.decoder)
+            images = to_input(batch.crops, spec).contiguous(memory_format=layout_of(network))
+            yield keypoint_loss(network(images), batch.targets, batch.weights, spec.decoder)
 
     return losses
 

@@ -1,7 +1,7 @@
 """The training loop: a one-cycle schedule, averaged weights, optional teacher; exact resumption.
 
-Invariant: everything a run depends on is in its config, its seed and its data, so a run that was stopped and resumed
-sees the same batches as one that was not; the best epoch is chosen on `dev` alone.
+Invariant: everything a run depends on is in its config, its seed, its data and the weights it starts from, so a run
+that was stopped and resumed sees the same batches as one that was not; the best epoch is chosen on `dev` alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgepose.errors import CheckpointError, EdgeposeError, UsageError
 from edgepose.pose import metrics
 from edgepose.spec import ModelSpec
 from edgepose.storage import atomic_write
-from edgepose.training.batches import AugmentedPeople, Batch, to_input
+from edgepose.training.batches import AugmentedPeople, Batch, layout_of, to_input
 from edgepose.training.calibrate import calibrate_visibility
 from edgepose.training.config import TrainConfig
 from edgepose.training.objective import Objective
@@ -124,10 +124,12 @@ def fit(
 
     Raises:
         CheckpointError: The state belongs to another run.
-        UsageError: `config.rendered` without such people, or the reverse; `config.freeze_epochs` without a backbone.
+        UsageError: `config.rendered` without such people, or the reverse; `config.freeze_epochs` without a backbone;
+            `config.distill_weight` without a teacher; `config.masking` without an occlusion-robust block.
         EdgeposeError: The loss is no longer a number.
         Interrupted: SIGINT or SIGTERM; the state was saved.
     """
+    _check_parts(model, teacher, config)
     tune_allocator()
     observer, state = options.observer, options.state
     people = _people((data[0], *data[2:]), spec, config, observer)
@@ -172,6 +174,24 @@ def fit(
 _SAVE_EVERY_S = 180.0
 
 
+def _check_parts(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> None:
+    """Refuses settings that would do nothing."""
+    if config.distill_weight > 0 and teacher is None:
+        raise UsageError(
+            "training: distill_weight",
+            found=f"{config.distill_weight:g} without a teacher",
+            expected="a teacher for this share of the loss",
+            fix="hand one over, or set it to 0",
+        )
+    if config.masking > 0 and not any(isinstance(part, Hide) for part in model.modules()):
+        raise UsageError(
+            "training: masking",
+            found=f"{config.masking:g} for a network without an occlusion-robust block",
+            expected="a block whose keypoints can be masked",
+            fix="set it to 0, or put such a block on top",
+        )
+
+
 def _people(data: tuple[PoseDataset, ...], spec: ModelSpec, config: TrainConfig, observer: Observer) -> AugmentedPeople:
     done, total = 0, sum(len(part) for part in data)
 
@@ -195,8 +215,10 @@ class _Run:
         config: TrainConfig,
         teacher: nn.Module | None,
     ) -> None:
-        self.model = _channels_last(model).train()
-        self.teacher = _channels_last(teacher).eval() if teacher else None
+        self.start = _fingerprint(model, teacher)
+        self.layout = layout_of(model)
+        self.model = _laid_out(model, self.layout).train()
+        self.teacher = _laid_out(teacher, self.layout).eval() if teacher else None
         self.spec, self.dev, self.config = spec, dev, config
         self.per_epoch = 1
         self.objective = Objective(spec, config)
@@ -210,7 +232,7 @@ class _Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        images = to_input(batch.crops, self.spec)
+        images = to_input(batch.crops, self.spec).contiguous(memory_format=self.layout)
         stages = self._stages(images)
         taught = None
         if self.teacher is not None and config.distill_weight > 0:
@@ -282,6 +304,7 @@ class _Run:
     def save(self, path: Path, identity: str) -> None:
         content: dict[str, Any] = {
             "identity": identity,
+            "start": self.start,
             "model": self.model.state_dict(),
             "averaged": self.state.averaged,
             "best": self.state.best,
@@ -305,12 +328,19 @@ class _Run:
                 expected="the state of a stopped run",
                 fix="delete it to start afresh",
             ) from err
-        if not isinstance(content, dict) or content.get("identity") != identity:
+        if not isinstance(content, dict) or content.get("identity") != identity or "start" not in content:
             raise CheckpointError(
                 str(path),
                 found="the state of a run with other settings or data",
                 expected="the run that is being started",
                 fix="delete it to start afresh, or repeat the old settings to resume",
+            )
+        if not torch.allclose(content["start"], self.start, rtol=1e-4, atol=1e-6):
+            raise CheckpointError(
+                str(path),
+                found="the state of a run that started from other weights or follows another teacher",
+                expected="the run that is being started",
+                fix="delete it to start afresh, or name the old weights to resume",
             )
         self.model.load_state_dict(content["model"])
         self.objective.load_state_dict(content["objective"])
@@ -319,9 +349,18 @@ class _Run:
         self.state = _State(content["averaged"], **content["scalars"], curve=content["curve"], best=content["best"])
 
 
-def _channels_last(model: nn.Module) -> nn.Module:
-    moved: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+def _laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    moved: nn.Module = model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
     return moved
+
+
+def _fingerprint(*networks: nn.Module | None) -> Tensor:
+    """What starting weights are known again by: mean and root mean square of every tensor, (T, 2) float64.
+
+    Not a digest: a resumed run resamples or calibrates them anew, and with other threads their last bits differ.
+    """
+    tensors = [t.double() for network in networks if network is not None for t in network.state_dict().values()]
+    return torch.stack([torch.stack([t.mean(), t.square().mean().sqrt()]) for t in tensors if t.numel()])
 
 
 def dev_metrics(predicted: Any, dev: Crops) -> dict[str, float]:

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from edgepose.blocks.config import spec_of
 from edgepose.data.augment import AugmentConfig, OcclusionConfig
@@ -16,8 +17,8 @@ from edgepose.errors import UsageError
 from edgepose.pose.codec import decode
 from edgepose.pose.preprocess import crop_transforms, normalise, warp
 from edgepose.spec import ModelSpec
-from edgepose.training.batches import AugmentedPeople, Batch, to_input
-from tests.training.dots import CONFIG, KEYPOINTS, NETWORK, SPEC, dots
+from edgepose.training.batches import AugmentedPeople, Batch, layout_of, to_input
+from tests.training.dots import CONFIG, KEYPOINTS, NETWORK, SPEC, dots, network
 
 HEAT = spec_of(msgspec.structs.replace(NETWORK, head="heatmap", stride=4), KEYPOINTS)
 
@@ -115,6 +116,18 @@ def test_training_and_inference_normalise_alike(color: str, people: PoseDataset)
     assert tensor.dtype == torch.float32
     assert tensor.is_contiguous(memory_format=torch.channels_last)
     assert np.abs(tensor.numpy() - normalise(crops, preprocess)).max() < 1e-5
+
+
+def test_thin_strided_shortcuts_are_kept_from_channels_last() -> None:
+    """Their gradients end the process there: shortcuts of 8 channels on maps of 64x64, for instance."""
+    assert layout_of(network()) == torch.contiguous_format
+    wide = msgspec.structs.replace(NETWORK, stem=16, widths=(16, 16, 16, 16))
+    assert layout_of(network(wide)) == torch.channels_last
+    layer = nn.Conv2d(8, 16, 1, 2, bias=False)
+    layout = layout_of(layer)
+    layer(torch.randn(16, 8, 64, 64).contiguous(memory_format=layout)).square().mean().backward()
+    assert layer.weight.grad is not None
+    assert bool(layer.weight.grad.isfinite().all())
 
 
 def test_a_photograph_that_went_missing_is_named(tmp_path: Path) -> None:

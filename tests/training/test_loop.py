@@ -256,7 +256,7 @@ def state(data: tuple[PoseDataset, PoseDataset], tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-@pytest.mark.parametrize("field", ["learning_rate", "epochs", "seed", "distill_weight"])
+@pytest.mark.parametrize("field", ["learning_rate", "epochs", "seed", "weight_decay"])
 def test_the_state_of_other_settings_is_refused(field: str, state: Path, data: tuple[PoseDataset, PoseDataset]) -> None:
     other = msgspec.structs.replace(CONFIG, **{field: getattr(CONFIG, field) + 1})
     before = state.read_bytes()
@@ -275,6 +275,44 @@ def test_the_state_of_other_data_or_another_network_is_refused(
     wider = network(msgspec.structs.replace(NETWORK, widths=(8, 8, 16, 24)))
     with pytest.raises(CheckpointError, match="other settings or data"):
         fit(wider, SPEC, data, CONFIG, options=RunOptions(state, workers=0))
+
+
+def test_the_state_of_a_run_from_other_weights_is_refused(state: Path, data: tuple[PoseDataset, PoseDataset]) -> None:
+    with pytest.raises(CheckpointError, match=r"started from other weights.*delete it to start afresh"):
+        fit(network(seed=1), SPEC, data, CONFIG, options=RunOptions(state, workers=0))
+
+
+def test_the_state_of_a_run_with_another_teacher_is_refused(
+    data: tuple[PoseDataset, PoseDataset], tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(CONFIG, epochs=1, distill_weight=0.5)
+
+    def carry_out(teacher: int, observer: Recorder) -> None:
+        options = RunOptions(tmp_path / "state", observer, 0)
+        fit(network(), SPEC, data, config, teacher=network(seed=teacher), options=options)
+
+    with pytest.raises(Interrupted):
+        carry_out(1, Sends(signal.SIGINT, 1))
+    with pytest.raises(CheckpointError, match="another teacher"):
+        carry_out(2, Recorder())
+    carry_out(1, Recorder())
+
+
+def test_the_last_bits_of_the_starting_weights_may_differ(state: Path, data: tuple[PoseDataset, PoseDataset]) -> None:
+    """Weights that were resampled or calibrated come out a little different with another number of threads."""
+    model = network()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-6)
+    fit(model, SPEC, data, CONFIG, options=RunOptions(state, workers=0))
+
+
+@pytest.mark.parametrize(("field", "words"), [("distill_weight", "without a teacher"), ("masking", "occlusion-robust")])
+def test_settings_that_would_do_nothing_are_refused(
+    field: str, words: str, data: tuple[PoseDataset, PoseDataset]
+) -> None:
+    with pytest.raises(UsageError, match=rf"{field}.*{words}"):
+        run(data, msgspec.structs.replace(CONFIG, **{field: 0.5}))
 
 
 @pytest.mark.parametrize("content", ["cut", "noise", "foreign"])
