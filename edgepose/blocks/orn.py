@@ -117,7 +117,7 @@ class GatedAttentionUnit(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         hidden, key = 2 * width, max(1, width // 2)
-        self.norm, self.mix, self.sum = Normalise(), Mix(_HEADS if key % _HEADS == 0 else 1), Sum()
+        self.norm, self.mix, self.sum = Normalise(), Mix(_HEADS if width % (2 * _HEADS) == 0 else 1), Sum()
         self.query, self.key = nn.Linear(width, key), nn.Linear(width, key)
         self.value, self.gate = nn.Linear(width, hidden), nn.Linear(width, hidden)
         self.value_relu, self.gate_relu = nn.ReLU(), nn.ReLU()

@@ -122,6 +122,13 @@ def test_mixing_by_hand() -> None:
 # Keypoint masking
 
 
+@pytest.mark.parametrize("width", [1, 8, 9, 12])
+def test_any_width_and_a_single_keypoint_will_do(width: int) -> None:
+    config = msgspec.structs.replace(ROBUST, orn=ORNConfig(width, 1))
+    outputs = build(config, Keypoints(("nose",))).eval()(images(1))
+    assert [tuple(output.shape) for output in outputs] == [(1, 1, 192), (1, 1, 128), (1, 1), (1, 1)]
+
+
 def hidden(share: float) -> tuple[Tensor, Tensor]:
     hide = Hide()
     hide.share = share
