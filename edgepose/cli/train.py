@@ -187,6 +187,13 @@ def _with_teacher(config: TrainConfig, distill_weight: float | None, *, teaches:
             expected="a teacher for this share of the loss",
             fix="add --distill-from CHECKPOINT, or leave the weight out",
         )
+    if teaches and distill_weight == 0:
+        raise UsageError(
+            "--distill-weight",
+            found="0 with a teacher, who would teach nothing",
+            expected="a share of the loss",
+            fix="leave out --distill-from, or name a weight above 0",
+        )
     if teaches and distill_weight is None and config.distill_weight == 0:
         return msgspec.structs.replace(config, distill_weight=_DISTILL_WEIGHT)
     return config

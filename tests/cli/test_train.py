@@ -105,6 +105,7 @@ def test_teacher_of_another_shape_is_refused(cli: Cli, command: list[object], pe
         (["--head", "regression", "--refinements", 1], "behind a regression head"),
         (["--from", "kpe-xl"], "no network of that name"),
         (["--distill-weight", 0.3], "without a teacher"),
+        (["--distill-weight", 0, "--distill-from", "kpe-t"], "who would teach nothing"),
         (["--rendered", "nowhere"], "a share of 0"),
         (["--settings", "absent.yaml"], "absent.yaml"),
         (["--images", 19], "18 photographs to train on, expected at least 19"),
