@@ -17,7 +17,7 @@ from benchmarks.subjects import METRIC, val_people
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.data.coco import PoseDataset, dataset, read_image
 from edgepose.data.render import RenderConfig, write_coco
-from edgepose.errors import AnnotationError
+from edgepose.errors import AnnotationError, SpecError
 from edgepose.estimator import PoseEstimator
 from edgepose.pose import metrics
 from edgepose.profiler.slices import SliceRecord, measure_slices, paired_difference, visibility_quality
@@ -55,6 +55,7 @@ def visibility(context: Context, network: str) -> dict[str, dict[str, Any]]:
 
     Raises:
         AnnotationError: So few or so many joints are hidden that the figures would say little.
+        SpecError: The network says nothing of visibility.
     """
     result: dict[str, dict[str, Any]] = {}
     for kind, record in _visibility_records(context, network).items():
@@ -64,6 +65,9 @@ def visibility(context: Context, network: str) -> dict[str, dict[str, Any]]:
             expected = "between 20 % and 80 %"
             raise AnnotationError(f"visibility on {kind}", found=f"{100 * share:.1f} % hidden", expected=expected)
         quality = visibility_quality(record)
+        if not quality and kind != "coco17":
+            found = "a network that does not say which joints can be seen"
+            raise SpecError(f"visibility on {kind}", found=found, expected="one with a visibility head")
         result[kind] = {"hidden_share": share, "joints": known, "hidden_joints": int(record.hidden.sum())} | {
             name: {"value": i.estimate, "low": i.low, "high": i.high} for name, i in quality.items()
         }

@@ -102,6 +102,7 @@ def _visibility(context: Context, name: str, worse: Callable[[float, float], flo
         f"{kind} {f[name]['value']:.3f} [{f[name]['low']:.3f}, {f[name]['high']:.3f}], "
         f"{100 * f['hidden_share']:.0f} % of {f['joints']} joints hidden"
         for kind, f in found.items()
+        if name in f
     )
     return Measured(worse(found["photographs"][name]["value"], found["rendered"][name]["value"]), text, found)
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import occlusion
-from benchmarks.areas.blocks import AUGMENTED, ORN, PLAIN, orn_clean, orn_vs_augmented, orn_vs_plain
+from benchmarks.areas.blocks import (
+    AUGMENTED,
+    ORN,
+    PLAIN,
+    orn_clean,
+    orn_vs_augmented,
+    orn_vs_plain,
+    visibility_auroc,
+    visibility_ece,
+)
 from benchmarks.context import Context
 from edgepose.data.render import LSP14
+from edgepose.errors import AnnotationError, SpecError
 from edgepose.pose import metrics
 from edgepose.profiler.slices import SliceRecord
 
@@ -80,3 +91,32 @@ def test_networks_measured_on_other_people_are_not_compared(tmp_path: Path) -> N
     )
     with pytest.raises(Exception, match="same"):
         orn_vs_plain(context)
+
+
+def seen(hidden_share: float, said_of_hidden: float) -> SliceRecord:
+    """People of whom a share of the joints is hidden; of those that can be seen the network says 1."""
+    hidden = np.zeros((PEOPLE, 14), np.bool_)
+    hidden[: round(hidden_share * PEOPLE)] = True
+    return replace(record(0.0), hidden=hidden, visibility=np.where(hidden, said_of_hidden, 1.0))
+
+
+def test_visibility_is_as_good_as_on_the_worse_kind_of_picture(tmp_path: Path) -> None:
+    context = Context(tmp_path, tmp_path)
+    known = {"photographs": seen(0.5, 0.0), "rendered": seen(0.5, 1.0), "coco17": record(0.0)}
+    context.once(f"visibility {ORN[0]}", lambda: known)
+    auroc, ece = visibility_auroc(context), visibility_ece(context)
+    assert (auroc.value, ece.value) == (0.5, 0.5)
+    assert "photographs 1.000" in auroc.text
+    assert "coco17" not in auroc.text  # nothing is hidden in it here
+    assert auroc.detail["coco17"]["hidden_joints"] == 0
+
+
+def test_visibility_that_would_mean_little_is_not_shown(tmp_path: Path) -> None:
+    few, silent = Context(tmp_path, tmp_path), Context(tmp_path, tmp_path)
+    few.once(f"visibility {ORN[0]}", lambda: {"photographs": seen(0.1, 0.0), "rendered": seen(0.5, 0.0)})
+    with pytest.raises(AnnotationError, match=r"visibility on photographs: found 10\.0 % hidden"):
+        visibility_auroc(few)
+    nothing = replace(seen(0.5, 0.0), visibility=None)
+    silent.once(f"visibility {ORN[0]}", lambda: {"photographs": nothing, "rendered": nothing})
+    with pytest.raises(SpecError, match="does not say which joints can be seen"):
+        visibility_ece(silent)
