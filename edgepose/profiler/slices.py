@@ -90,8 +90,7 @@ def measure_slices(
         SpecError: The estimator's poses do not fit the data set's keypoints.
         UsageError: An unknown name, or `draws` is below 1.
     """
-    if not dataset.persons:
-        raise AnnotationError(f"{dataset.source}", found="no labelled person", expected="at least one")
+    _require_people(dataset)
     if unknown := [name for name in names if name not in CORRUPTIONS]:
         raise UsageError("slices", found=repr(unknown[0]), expected=f"names out of {', '.join(CORRUPTIONS)}")
     if draws < 1:
@@ -110,6 +109,11 @@ def measure_slices(
         if progress is not None:
             progress(done, whole)
     return {name: _record(name, found, dataset.keypoints) for name, found in rows.items()}
+
+
+def _require_people(dataset: PoseDataset) -> None:
+    if not dataset.persons:
+        raise AnnotationError(f"{dataset.source}", found="no labelled person", expected="at least one")
 
 
 def _repeats(name: str, draws: int) -> int:
@@ -339,8 +343,10 @@ def require_comparable(record: SliceRecord, dataset: PoseDataset, *, draws: int)
     """Refuses a record of other people, known before anything is measured, to compare a measurement with.
 
     Raises:
+        AnnotationError: The data set holds nobody.
         SpecError: It is not of that data set's people with as many draws, or its labels have changed since.
     """
+    _require_people(dataset)
     repeats = _repeats(record.name, draws)
     owners = np.repeat(np.array([person.annotation_id for person in dataset.persons], np.int64), repeats)
     extents = np.repeat(metrics.extent_px(np.stack([person.keypoints for person in dataset.persons])), repeats)

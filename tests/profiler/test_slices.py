@@ -230,6 +230,8 @@ def test_records_of_other_people_are_known_before_anything_is_measured(people: P
     for other in (people.subset([10, 20]), dataclasses.replace(people, persons=tuple(moved))):
         with pytest.raises(SpecError, match="found 9 pictures in clean, expected the"):
             require_comparable(records["clean"], other, draws=2)
+    with pytest.raises(AnnotationError, match="found no labelled person"):
+        require_comparable(records["clean"], people.subset([]), draws=2)
     with pytest.raises(SpecError, match="found 18 pictures in truncated, expected the 27 to be measured"):
         require_comparable(records["truncated"], people, draws=3)
 
