@@ -38,10 +38,10 @@ def heatmap_peaks(
         (P, 2) float32 pixels of the input, and (P,) float32 scores in 0..1, highest first.
 
     Raises:
-        SpecError: `heatmap` has another number of axes.
+        SpecError: `heatmap` has another number of axes, or no cells.
     """
     values = np.ascontiguousarray(heatmap, np.float32)
-    if values.ndim != 2:
+    if values.ndim != 2 or not values.size:
         raise SpecError("heat map", found=f"shape {values.shape}", expected="(h, w), the map of one keypoint")
     # A peak is as high as the highest of its eight neighbours and itself; of a plateau one cell survives below.
     highest = np.asarray(cv2.dilate(values, np.ones((3, 3), np.uint8)))

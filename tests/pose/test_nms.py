@@ -74,6 +74,8 @@ def test_kept_peaks_are_in_order_and_apart(seed: int) -> None:
 def test_heat_maps_of_several_keypoints_are_refused() -> None:
     with pytest.raises(SpecError, match=r"shape \(2, 24, 16\)"):
         heatmap_peaks(np.zeros((2, 24, 16)), DARK)
+    with pytest.raises(SpecError, match=r"shape \(0, 16\)"):
+        heatmap_peaks(np.zeros((0, 16)), DARK)
 
 
 SIGMAS = np.full(5, 0.07)
