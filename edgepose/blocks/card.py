@@ -22,9 +22,9 @@ class Lineage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stage that a checkpoint went through.
 
     Attributes:
-        stage: "train", "prune", "recover", "qat" or "ptq".
+        stage: "train", "transfer", "prune", "recover", "qat" or "ptq".
         config: The stage's settings, as written by msgspec.
-        inputs: Digests of what went in, by role ("train", "dev", "checkpoint", "teacher").
+        inputs: Digests of what went in, by role ("train", "dev", "rendered", "checkpoint", "teacher").
         report: What came out: per-epoch curve, metrics on dev, seconds.
     """
 

@@ -219,16 +219,12 @@ class KPENet(nn.Module):
             return [Stage(self(images), None)]
         return self.block.stages(self.backbone(images)[self.first :])
 
-    def stage_outputs(self, images: Tensor) -> list[tuple[Tensor, ...]]:
-        """The outputs of every stage, first to last: `stages` without the maps."""
-        return [stage.outputs for stage in self.stages(images)]
-
 
 def build(config: KPEConfig, keypoints: Keypoints, *, seed: int = 0) -> KPENet:
     """A freshly initialised network.
 
     Raises:
-        SpecError: The input size is not a multiple of 32, or the head cannot be refined.
+        SpecError: The input size is not a multiple of 32, or the head can neither be refined nor corrected.
     """
     if any(side % 32 for side in config.input_hw):
         raise SpecError(f"{config.name}: input_hw", found=str(config.input_hw), expected="multiples of 32")

@@ -117,7 +117,7 @@ def test_direct_regression_learns() -> None:
 @torch.no_grad()
 def test_later_stages_start_close_to_the_first(head: Head) -> None:
     images, net = photographs(), network(head, refinements=2).eval()
-    first, second, third = net.stage_outputs(images)
+    first, second, third = (stage.outputs for stage in net.stages(images))
     assert len(first) == (2 if head == "simcc" else 1)
     for one, other, last in zip(first, second, third, strict=True):
         assert not torch.equal(one, other)
@@ -223,7 +223,7 @@ def test_heads_and_stages_survive_pruning(head: Head, refinements: int) -> None:
     touched = {layer.name for layer in plan.layers}
     assert all(any(name.startswith(f"block.refinements.{i}.block") for name in touched) for i in range(refinements))
     images = photographs()
-    stages = pruned.stage_outputs(images)
+    stages = [stage.outputs for stage in pruned.stages(images)]
     assert len(stages) == refinements + 1
     assert [o.shape for o in stages[-1]] == [o.shape for o in net(images)]
     assert all(torch.equal(a, b) for a, b in zip(pruned(images), stages[-1], strict=True))
