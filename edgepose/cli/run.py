@@ -94,11 +94,7 @@ def run(
     opened = open_source(source)
     if out is not None:
         check_output_suffix(out, opened.kind)
-    if smooth and opened.kind != "video":
-        raise UsageError("--smooth", found=f"{source}, which has no time", expected="a video", fix="leave it off")
-    if max_oks is not None and boxes is None:
-        found = "no --boxes, so one pose per frame"
-        raise UsageError("--oks-nms", found=found, expected="several boxes", fix="give --boxes, or leave it off")
+    _check_post_processing(opened, smooth=smooth, duplicates=max_oks is not None, boxes=boxes is not None)
     people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
     rows: list[dict[str, Any]] = []
     with PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test) as estimator:
@@ -124,6 +120,19 @@ def run(
         if path not in (None, STDOUT):
             note(f"wrote {path}")
     return 0
+
+
+def _check_post_processing(source: Source, *, smooth: bool, duplicates: bool, boxes: bool) -> None:
+    """Refuses flags that would do nothing.
+
+    Raises:
+        UsageError: Names the flag.
+    """
+    if smooth and source.kind != "video":
+        raise UsageError("--smooth", found=f"{source.path}, which has no time", expected="a video", fix="leave it off")
+    if duplicates and not boxes:
+        found = "no --boxes, so one pose per frame"
+        raise UsageError("--oks-nms", found=found, expected="several boxes", fix="give --boxes, or leave it off")
 
 
 def _say_how(info: EstimatorInfo, people: BoxFile | None) -> None:
