@@ -34,7 +34,7 @@ EXAMPLES = (
 )
 
 _EPOCHS = {"kpe-t": 18, "kpe-s": 29}
-"""What the zoo was trained with; longer is better. Other presets take the largest."""
+"""Enough on a few thousand people to be of use; longer is better. Other presets take the largest."""
 
 _LEAST_DEV = 2  # people in dev, below which choosing an epoch means nothing
 _DISTILL_WEIGHT = 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -30,17 +29,11 @@ from edgepose.pose.codec import encode_regression, encode_simcc
 from edgepose.runtime import open_session
 from edgepose.spec import Keypoints, Regression, SimCC
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = KPEConfig("tiny", (32, 64), 8, (8, 8, 16, 16), (1, 1, 1, 1), 8)
 THREE = Keypoints(("head", "left", "right"))
 Head = Literal["simcc", "heatmap", "regression"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(head: Head, refinements: int = 0, seed: int = 0) -> KPENet:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 import pytest
 import torch
@@ -19,17 +17,10 @@ from edgepose.data.render import LSP14
 from edgepose.errors import SpecError
 from edgepose.spec import Heatmap, Keypoints, ModelSpec, Regression, SimCC
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = KPEConfig("tiny", (64, 96), 4, (8, 8, 16, 16), (1, 1, 1, 2), 8)
 THREE = Keypoints(("head", "left", "right"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("name", "gmac"), [("kpe-t", 0.4), ("kpe-s", 0.8)])

@@ -35,18 +35,11 @@ from edgepose.compress.prune import (
 from edgepose.errors import CheckpointError, RecipeError
 from edgepose.spec import Keypoints
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEADS = ("simcc", "heatmap")
 SMALL = KPEConfig("small", (64, 64), 8, (16, 32, 32, 48), (1, 2, 1, 1), 16)
 EXAMPLE = torch.zeros(1, 3, 64, 64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def network(head: str = "simcc", *, seed: int = 0, config: KPEConfig = SMALL) -> nn.Module:

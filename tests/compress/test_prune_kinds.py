@@ -19,18 +19,11 @@ from edgepose.compress.plan import Importance, PruneConfig, PruningPlan, apply_p
 from edgepose.compress.prune import plan_pruning, reestimate_batch_norm
 from edgepose.spec import Keypoints
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("inverted", "reparameterised")
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 KEYPOINTS = Keypoints(("head", "left", "right"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(kind: str) -> KPEConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from edgepose.training.predict import cut_crops, predict
 from tests.training.dots import CONFIG, KEYPOINTS, SPEC, Recorder, dots, network
 from tests.training.dots import NETWORK as SMALL
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDE = msgspec.structs.replace(SMALL, widths=(16, 16, 32, 32))
 PRUNE = PruneStage(ratio=0.4, importance="taylor", scope="global", round_to=8, protected=(), seed=0)
 PTQ = QuantiseStage(calibration_images=20, symmetric=False, protected=(), seed=0)
@@ -35,15 +36,6 @@ class Trained:
     source: Path
     data: StageData
     auc: float
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,11 @@ from edgepose.errors import CheckpointError, IntegrityError
 from edgepose.spec import Keypoints
 from edgepose.stages.networks import load_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = KPEConfig("tiny", (64, 64), 16, (16, 16, 32, 32), (1, 1, 1, 1), 16)
 KEYPOINTS = Keypoints(("head", "left", "right"))
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def lively() -> nn.Module:

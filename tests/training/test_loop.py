@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -31,15 +30,6 @@ from tests.training.dots import CONFIG, NETWORK, SPEC, Recorder, dots, network
 
 TRAIN, DEV = 32, 8
 STEPS_PER_EPOCH = TRAIN // CONFIG.batch_size
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +205,8 @@ import torch
 from edgepose.data.coco import dataset
 from edgepose.training.loop import RunOptions, fit
 from tests.training.dots import CONFIG, SPEC, Recorder, network
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 class Dies(Recorder):
     def at_step(self, done):

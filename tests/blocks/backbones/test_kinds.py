@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import get_args, get_type_hints
 
 import msgspec
@@ -18,17 +17,10 @@ from edgepose.compress.macs import count_macs
 from edgepose.data.render import LSP14
 from edgepose.spec import Keypoints
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ("residual", "inverted", "reparameterised")
 THREE = Keypoints(("head", "left", "right"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(kind: str) -> KPEConfig:
