@@ -1,13 +1,14 @@
 """What occlusion does to networks: the same people behind the same occluders, network against network.
 
-Invariant: networks are compared on the same pictures, person by person; occluders are of the families of
-`edgepose.data.corrupt`, which no network was trained with.
+Invariant: networks are compared on the same pictures, person by person, and only where both cost the same
+multiply-accumulates and epochs; occluders are of the families of `edgepose.data.corrupt`, which no network was trained
+with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from benchmarks.subjects import METRIC, val_people
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.data.coco import PoseDataset, dataset, read_image
 from edgepose.data.render import RenderConfig, write_coco
-from edgepose.errors import AnnotationError, SpecError
+from edgepose.errors import AnnotationError, CheckpointError, SpecError
 from edgepose.estimator import PoseEstimator
 from edgepose.pose import metrics
 from edgepose.profiler.slices import SliceRecord, measure_slices, paired_difference, visibility_quality
@@ -30,6 +31,20 @@ DRAWS = 3
 _SLICES = ("clean", OCCLUDED)
 _RENDERED_PEOPLE, _RENDERED_SEED = 400, 904_117  # nobody trains with this seed, nor with its textures
 _HIDDEN_SHARE = (0.2, 0.8)
+_MACS_MAY_DIFFER = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a network costs.
+
+    Attributes:
+        macs: Multiply-accumulates for one person.
+        epochs: Of all the trainings that led to its weights.
+    """
+
+    macs: int
+    epochs: int
 
 
 def records(context: Context, network: str) -> dict[str, SliceRecord]:
@@ -44,10 +59,44 @@ def records(context: Context, network: str) -> dict[str, SliceRecord]:
 
 
 def difference(context: Context, base: Sequence[str], candidate: Sequence[str], name: str) -> Interval:
-    """Points of `pck_torso_0.2` by which the mean of some networks is above the mean of others on a slice."""
+    """Points of `pck_torso_0.2` by which the mean of some networks is above the mean of others on a slice.
+
+    Raises:
+        CheckpointError: They cost more than 5 % more or fewer multiply-accumulates, or not as many epochs.
+    """
+    for network in (*base[1:], *candidate):
+        _check_same_cost(base[0], cost(context, base[0]), network, cost(context, network))
     first, other = ([records(context, network)[name] for network in networks] for networks in (base, candidate))
     found = paired_difference(first, other, METRIC, "all")
     return Interval(100 * found.estimate, 100 * found.low, 100 * found.high)
+
+
+def cost(context: Context, network: str) -> Cost:
+    """What a network of the zoo costs, counted on its weights and read from its card."""
+
+    def work() -> Cost:
+        import torch
+
+        from edgepose.compress.macs import count_macs
+        from edgepose.stages.networks import load_network
+
+        module, loaded = load_network(find_checkpoint(network))
+        height, width = loaded.card.spec.preprocess.input_hw
+        trained = [entry for entry in loaded.card.lineage if entry.stage == "train"]
+        epochs = sum(len(entry.report["curve"]) for entry in trained)
+        return Cost(count_macs(module, torch.zeros(1, 3, height, width)).total, epochs)
+
+    return context.once(f"cost {network}", work)
+
+
+def _check_same_cost(name: str, mine: Cost, other_name: str, other: Cost) -> None:
+    if mine.epochs != other.epochs or abs(other.macs - mine.macs) > _MACS_MAY_DIFFER * mine.macs:
+        raise CheckpointError(
+            f"{other_name} against {name}",
+            found=f"{other.macs} multiply-accumulates and {other.epochs} epochs of training",
+            expected=f"{mine.macs} within {_MACS_MAY_DIFFER:.0%}, and {mine.epochs}",
+            fix="train both for as long, or make one wider",
+        )
 
 
 def visibility(context: Context, network: str) -> dict[str, dict[str, Any]]:

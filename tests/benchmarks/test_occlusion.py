@@ -20,8 +20,10 @@ from benchmarks.areas.blocks import (
     visibility_ece,
 )
 from benchmarks.context import Context
+from edgepose.blocks.card import read_card
+from edgepose.blocks.zoo import find_checkpoint
 from edgepose.data.render import LSP14
-from edgepose.errors import AnnotationError, SpecError
+from edgepose.errors import AnnotationError, CheckpointError, SpecError
 from edgepose.pose import metrics
 from edgepose.profiler.slices import SliceRecord
 
@@ -52,6 +54,7 @@ def context_with(folder: Path, **wrong: float) -> Context:
         for seed, network in enumerate(networks):
             found = {name: record(wrong[arm], seed) for name in ("clean", occlusion.OCCLUDED)}
             context.once(f"slices {network}", lambda found=found: found)  # type: ignore[misc]
+            context.once(f"cost {network}", lambda: occlusion.Cost(macs=1000, epochs=100))
     return context
 
 
@@ -75,6 +78,21 @@ def test_a_clean_loss_within_the_bar_does_not_hold_if_its_bound_is_not(tmp_path:
     point, low = measured.detail["points"], measured.detail["ci95"][0]
     assert point < 0
     assert measured.value == pytest.approx(min(point, low + 1.2))
+
+
+@pytest.mark.parametrize("cost", [occlusion.Cost(1051, 100), occlusion.Cost(949, 100), occlusion.Cost(1000, 101)])
+def test_networks_of_another_size_or_training_are_not_compared(tmp_path: Path, cost: occlusion.Cost) -> None:
+    context = context_with(tmp_path, orn=0.1, plain=0.2, augmented=0.2)
+    context._kept[f"cost {ORN[0]}"] = (cost, None)
+    with pytest.raises(CheckpointError, match="epochs of training"):
+        orn_vs_plain(context)
+
+
+def test_the_cost_of_a_network_comes_from_its_weights_and_its_card(tmp_path: Path) -> None:
+    found = occlusion.cost(Context(tmp_path, tmp_path), "kpe-t")
+    card = read_card(find_checkpoint("kpe-t"))
+    assert 0.05e9 < found.macs < 0.4e9
+    assert found.epochs == sum(len(entry.report["curve"]) for entry in card.lineage if entry.stage == "train") > 0
 
 
 def test_networks_measured_on_other_people_are_not_compared(tmp_path: Path) -> None:
