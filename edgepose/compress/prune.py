@@ -10,6 +10,7 @@ import copy
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 
@@ -24,7 +25,7 @@ from edgepose.compress.channel_search import Budget, choose_kept, macs_per_chann
 from edgepose.compress.fold import fold_branches
 from edgepose.compress.importance import Losses, channel_scores, gate_products
 from edgepose.compress.layers import is_depthwise, kind_of, widths
-from edgepose.compress.macs import count_macs, evaluation_mode
+from edgepose.compress.macs import Macs, count_macs, evaluation_mode
 from edgepose.compress.plan import (
     PLAN_COLUMNS,
     FrozenGroup,
@@ -47,11 +48,15 @@ __all__ = [
     "PruneConfig",
     "PrunedLayer",
     "PruningPlan",
+    "Ranking",
     "apply_pruning",
+    "kept_at",
+    "plan_at",
     "plan_from_json",
     "plan_pruning",
     "plan_table",
     "plan_to_json",
+    "rank_channels",
     "reestimate_batch_norm",
 ]
 
@@ -75,6 +80,37 @@ def plan_pruning(
         RecipeError: The configuration is out of range, matches no layer, or asks for more than can be removed.
         CheckpointError: The network cannot be traced, or pruning it as planned would not be exact.
     """
+    ranking = rank_channels(model, example, config, losses=losses)
+    return plan_at(ranking, ranking.config.ratio)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranking:
+    """A network whose channels are ranked, so that plans of any ratio follow without differentiating it again.
+
+    Attributes:
+        model: The network with its branches folded.
+        work: A copy of it in evaluation mode, for trials.
+        example: (1, 3, h, w) noise.
+        config: What the channels were ranked by; its ratio counts for nothing here.
+        groups: Coupled channels that may go.
+        frozen: Coupled channels that stay.
+        macs: Multiply-accumulates of the network.
+        scores: (size,) importance of the channels of each group.
+    """
+
+    model: nn.Module
+    work: nn.Module
+    example: Tensor
+    config: PruneConfig
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[FrozenGroup, ...]
+    macs: Macs
+    scores: tuple[Tensor, ...]
+
+
+def rank_channels(model: nn.Module, example: Tensor, config: PruneConfig, *, losses: Losses | None = None) -> Ranking:
+    """Find and rank the channels of a network; arguments and errors as of `plan_pruning`, whatever the ratio."""
     config = _checked(config)
     example = _probe(example)
     model = fold_branches(model)
@@ -87,11 +123,32 @@ def plan_pruning(
         config.importance == "taylor"
     ):  # what matters is the loss per multiply-accumulate: the rank of a knapsack's items
         scores = [s / macs_per_channel(work, g, macs) for g, s in zip(groups, scores, strict=True)]
-    budget = Budget(config.ratio, config.scope, config.round_to, config.min_channels, config.max_layer_ratio)
-    kept_counts = choose_kept(work, groups, scores, macs, budget)
+    return Ranking(model, work, example, config, tuple(groups), frozen, macs, tuple(scores))
+
+
+def kept_at(ranking: Ranking, ratio: float) -> tuple[int, ...]:
+    """Channels that each group keeps when that fraction of the multiply-accumulates goes: a shape, in a moment.
+
+    Raises:
+        RecipeError: So much cannot be removed.
+    """
+    config = ranking.config
+    budget = Budget(ratio, config.scope, config.round_to, config.min_channels, config.max_layer_ratio)
+    return tuple(choose_kept(ranking.work, ranking.groups, ranking.scores, ranking.macs, budget))
+
+
+def plan_at(ranking: Ranking, ratio: float) -> PruningPlan:
+    """The plan that removes a fraction of the multiply-accumulates, checked as by `plan_pruning`.
+
+    Raises:
+        RecipeError: So much cannot be removed.
+        CheckpointError: Pruning as planned would not be exact.
+    """
+    config, model, work, example = ranking.config, ranking.model, ranking.work, ranking.example
+    groups, macs = ranking.groups, ranking.macs
     gone = {
         group.name: torch.argsort(score, stable=True)[: group.size - kept].tolist()
-        for group, score, kept in zip(groups, scores, kept_counts, strict=True)
+        for group, score, kept in zip(groups, ranking.scores, kept_at(ranking, ratio), strict=True)
     }
     layers = _layers(model, groups, gone)
     fault = _inexactness(work, layers, example)
@@ -107,14 +164,14 @@ def plan_pruning(
     return PruningPlan(
         architecture=type(model).__name__,
         input_shape=tuple(example.shape),
-        config=config,
+        config=msgspec.structs.replace(config, ratio=ratio),
         layers=tuple(
             msgspec.structs.replace(
                 layer, macs_before=macs.layers.get(layer.name, 0), macs_after=macs_after.layers.get(layer.name, 0)
             )
             for layer in layers
         ),
-        frozen=frozen,
+        frozen=ranking.frozen,
         macs_before=macs.total,
         macs_after=macs_after.total,
         params_before=parameter_count(model),

@@ -64,22 +64,32 @@ def engine_from_onnx(
     """
     precision: Precision = "fp32" if dialect == "float" else "int8"
     report: dict[str, Any] = {"backend": backend, "dialect": dialect, "precision": precision}
+    main = engine_file(model, backend, folder)
+    if precision == "int8" and (backend == "onnxruntime" or backend == "openvino"):  # mypy narrows by these
+        report["int8_share"] = int8_share(main, backend).share
+    shift, differences = _compare(main, backend, precision, reference)
+    return {**report, "main": main.name, "shift": msgspec.to_builtins(shift), "differences": differences}
+
+
+def engine_file(model: Path, backend: Backend, folder: Path) -> Path:
+    """Build an engine in a folder of its own, unchecked, and return its main file; arguments as `engine_from_onnx`.
+
+    Raises:
+        OnnxError: The backend refuses the file.
+    """
     match backend:
         case "onnxruntime":
             from edgepose.export.ort import ort_from_onnx
 
-            main = ort_from_onnx(model, folder / _MODEL) if model.parent != folder else model
+            return ort_from_onnx(model, folder / _MODEL) if model.parent != folder else model
         case "openvino":
             from edgepose.export.openvino import openvino_from_onnx
 
             main, _ = openvino_from_onnx(model, folder)
             (folder / _MODEL).unlink(missing_ok=True)
+            return main
         case "tensorrt" | "tensorrt-rtx":
             raise AssertionError(backend)  # callers ask for executable backends only
-    if precision == "int8":
-        report["int8_share"] = int8_share(main, backend).share
-    shift, differences = _compare(main, backend, precision, reference)
-    return {**report, "main": main.name, "shift": msgspec.to_builtins(shift), "differences": differences}
 
 
 def int8_share(path: str | os.PathLike[str], backend: Literal["onnxruntime", "openvino"]) -> Int8Share:
