@@ -65,7 +65,7 @@ def engine_from_onnx(
     precision: Precision = "fp32" if dialect == "float" else "int8"
     report: dict[str, Any] = {"backend": backend, "dialect": dialect, "precision": precision}
     main = engine_file(model, backend, folder)
-    if precision == "int8" and (backend == "onnxruntime" or backend == "openvino"):  # mypy narrows by these
+    if precision == "int8" and (backend == "onnxruntime" or backend == "openvino"):  # noqa: PLR1714 - mypy narrows by these alone
         report["int8_share"] = int8_share(main, backend).share
     shift, differences = _compare(main, backend, precision, reference)
     return {**report, "main": main.name, "shift": msgspec.to_builtins(shift), "differences": differences}
