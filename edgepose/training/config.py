@@ -41,6 +41,11 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rendered: Share of each batch that comes from a second set of people, where one is given.
         freeze_epochs: First epochs, during which the network's part named "backbone" stays as it is, the statistics of
             its normalisations included.
+        feature_weight: Weight of the distance between feature maps of network and teacher, against 1 of the rest of the
+            loss; the distance is the share of the teacher's variance that the network's maps do not explain.
+        sparsity: Weight of the group lasso on the channels that pruning could take, added up over all of them; 1e-4 is
+            a good start. With it the last epoch is kept, which is the sparsest, not the best one on dev.
+        dense: Layers that `sparsity` leaves alone, as shell patterns of module names.
     """
 
     epochs: Annotated[int, msgspec.Meta(ge=1)]
@@ -63,3 +68,6 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rendered: Share = 0.0
     final_rate: Share = 0.002
     freeze_epochs: Annotated[int, msgspec.Meta(ge=0)] = 0
+    feature_weight: Weight = 0.0
+    sparsity: Weight = 0.0
+    dense: tuple[str, ...] = ()

@@ -7,15 +7,14 @@ that was stopped and resumed sees the same batches as one that was not; the best
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import torch
@@ -31,10 +30,14 @@ from edgepose.storage import atomic_write
 from edgepose.training.batches import AugmentedPeople, Batch, layout_of, to_input
 from edgepose.training.calibrate import calibrate_visibility
 from edgepose.training.config import TrainConfig
+from edgepose.training.features import Maps, feature_matching, recording, stages_of
 from edgepose.training.objective import Objective
 from edgepose.training.optimizers import make_optimizers
 from edgepose.training.predict import Crops, cut_crops, predict
 from edgepose.training.process import stop_signals, tune_allocator
+
+if TYPE_CHECKING:
+    from edgepose.compress.slimming import GroupLasso
 
 
 class Observer(Protocol):
@@ -119,13 +122,16 @@ def fit(
         data: The people to train on, the people (dev) that the best epoch is chosen on, and with `config.rendered`
             the people that fill this share of every batch.
         config: Settings.
-        teacher: Network whose outputs the loss follows with `config.distill_weight`.
+        teacher: Network whose outputs the loss follows with `config.distill_weight`, its feature maps with
+            `config.feature_weight`.
         options: State file, observer, workers.
 
     Raises:
         CheckpointError: The state belongs to another run.
         UsageError: `config.rendered` without such people, or the reverse; `config.freeze_epochs` without a backbone;
-            `config.distill_weight` without a teacher; `config.masking` without an occlusion-robust block.
+            `config.distill_weight` or `config.feature_weight` without a teacher, or with one that has no feature map in
+            common; `config.masking` without an occlusion-robust block; `config.sparsity` for a network whose channels
+            cannot be pruned, `config.dense` without it.
         EdgeposeError: The loss is no longer a number.
         Interrupted: SIGINT or SIGTERM; the state was saved.
     """
@@ -137,7 +143,7 @@ def fit(
     run.per_epoch = people.batches_per_epoch
     shapes = [{n: t.shape for n, t in m.state_dict().items()} if m is not None else None for m in (model, teacher)]
     digests = [part.digest for part in data]
-    identity = hashlib.sha256(msgspec.json.encode([config, *digests, spec, shapes])).hexdigest()
+    identity = hashlib.sha256(msgspec.json.encode([_settings(config), *digests, spec, shapes])).hexdigest()
     if state is not None and state.exists():
         run.restore(state, identity)
     total = config.epochs * people.batches_per_epoch
@@ -172,16 +178,32 @@ def fit(
 
 
 _SAVE_EVERY_S = 180.0
+_YOUNGER = ("feature_weight", "sparsity", "dense")
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """Settings as a state knows them: those that are younger than some states count where they say something."""
+    before = TrainConfig(epochs=config.epochs)
+    younger = {name for name in _YOUNGER if getattr(config, name) == getattr(before, name)}
+    return {name: value for name, value in msgspec.structs.asdict(config).items() if name not in younger}
 
 
 def _check_parts(model: nn.Module, teacher: nn.Module | None, config: TrainConfig) -> None:
     """Refuses settings that would do nothing."""
-    if config.distill_weight > 0 and teacher is None:
+    for name, weight in (("distill_weight", config.distill_weight), ("feature_weight", config.feature_weight)):
+        if weight > 0 and teacher is None:
+            raise UsageError(
+                f"training: {name}",
+                found=f"{weight:g} without a teacher",
+                expected="a teacher for this share of the loss",
+                fix="hand one over, or set it to 0",
+            )
+    if config.dense and config.sparsity == 0:
         raise UsageError(
-            "training: distill_weight",
-            found=f"{config.distill_weight:g} without a teacher",
-            expected="a teacher for this share of the loss",
-            fix="hand one over, or set it to 0",
+            "training: dense",
+            found=f"{', '.join(config.dense)} without sparsity",
+            expected="layers that sparsity is to leave alone",
+            fix="leave it out, or set sparsity",
         )
     if config.masking > 0 and not any(isinstance(part, Hide) for part in model.modules()):
         raise UsageError(
@@ -221,7 +243,12 @@ class _Run:
         self.teacher = _laid_out(teacher, self.layout).eval() if teacher else None
         self.spec, self.dev, self.config = spec, dev, config
         self.per_epoch = 1
-        self.objective = Objective(spec, config)
+        example = torch.zeros(1, 3, *spec.preprocess.input_hw).contiguous(memory_format=self.layout)
+        self.features = None
+        if self.teacher is not None and config.feature_weight > 0:
+            self.features = feature_matching(self.model, self.teacher, example)
+        self.penalty = _penalty(self.model, example, config)
+        self.objective = Objective(spec, config, self.features)
         self.optimizers = make_optimizers(model, self.objective, config)
         self.state = _State({n: t.detach().clone() for n, t in model.state_dict().items()})
         self.backbone = _backbone(model) if config.freeze_epochs else None
@@ -233,12 +260,13 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         images = to_input(batch.crops, self.spec).contiguous(memory_format=self.layout)
-        stages = self._stages(images)
-        taught = None
-        if self.teacher is not None and config.distill_weight > 0:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-                taught = self.teacher(images)
-        loss: Tensor = self.objective(stages, batch, taught)
+        names = self.features.names if self.features is not None else ()
+        with recording(self.model, names) as seen:
+            stages = self._stages(images)
+        taught, shown = self._teacher_says(images, names)
+        loss: Tensor = self.objective(stages, batch, taught, (seen, shown))
+        if self.penalty is not None:
+            loss = loss + config.sparsity * self.penalty()
         value = loss.item()
         if not math.isfinite(value):
             raise EdgeposeError(
@@ -267,8 +295,18 @@ class _Run:
             _frozen(self.backbone if frozen else None),
         ):
             torch.manual_seed(self.config.seed * 1_000_003 + self.state.step)
-            stages = getattr(self.model, "stages", None)  # a method; other networks may have parts of that name
-            return stages(images) if inspect.ismethod(stages) else [Stage(self.model(images), None)]
+            return stages_of(self.model, images)
+
+    def _teacher_says(self, images: Tensor, names: Sequence[str]) -> tuple[tuple[Tensor, ...] | None, Maps]:
+        """The teacher's outputs, None where nobody asks, and its feature maps of some parts."""
+        if self.teacher is None or not (self.config.distill_weight > 0 or names):
+            return None, {}
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16),
+            recording(self.teacher, names) as shown,
+        ):
+            return self.teacher(images), shown
 
     def _average(self) -> None:
         # The average must forget the random start: its window grows with the run up to the configured decay.
@@ -295,7 +333,8 @@ class _Run:
         }
         state.losses = 0.0
         state.curve.append(row)
-        if state.best_epoch < 0 or selection(row) >= selection(state.curve[state.best_epoch]):
+        better = state.best_epoch < 0 or selection(row) >= selection(state.curve[state.best_epoch])
+        if better or self.config.sparsity > 0:
             state.best_epoch = len(state.curve) - 1
             state.best = {n: t.clone() for n, t in state.averaged.items()}
         self.model.load_state_dict(live)
@@ -382,6 +421,14 @@ def _one_cycle(progress: float, config: TrainConfig) -> float:
         return config.learning_rate * (0.05 + 0.95 * progress / config.warmup)
     share = (progress - config.warmup) / (1 - config.warmup)
     return config.learning_rate * (config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def _penalty(model: nn.Module, example: Tensor, config: TrainConfig) -> GroupLasso | None:
+    if config.sparsity == 0:
+        return None
+    from edgepose.compress.slimming import GroupLasso  # with torch-pruning, which nothing else here needs
+
+    return GroupLasso(model, example, config.dense)
 
 
 def _backbone(model: nn.Module) -> nn.Module:

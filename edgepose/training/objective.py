@@ -1,4 +1,5 @@
-"""What training minimises: the keypoint loss of every stage, visibility, expected errors, and distance to a teacher.
+"""What training minimises: the keypoint loss of every stage, visibility, expected errors, and distance to a teacher, in
+outputs and in feature maps.
 
 Invariant: each term is there only where the network says something about it; a network of keypoints alone is trained
 on its keypoint loss alone.
@@ -19,21 +20,23 @@ from edgepose.pose.codec import output_names
 from edgepose.spec import ModelSpec
 from edgepose.training.batches import Batch
 from edgepose.training.config import TrainConfig
+from edgepose.training.features import FeatureMatching, Maps
 
 Outputs = Sequence[Tensor]
 
 
 class Objective(nn.Module):
-    """The loss of one batch; its parameters are those of the keypoint loss and are trained with the network's.
+    """The loss of one batch; its parameters, of the keypoint loss and of `features`, are trained with the network's.
 
     Args:
         spec: Says which outputs mean what.
         config: Weights of the terms.
+        features: Compares feature maps with a teacher's; None leaves that term out.
     """
 
-    def __init__(self, spec: ModelSpec, config: TrainConfig) -> None:
+    def __init__(self, spec: ModelSpec, config: TrainConfig, features: FeatureMatching | None = None) -> None:
         super().__init__()
-        self.spec, self.config = spec, config
+        self.spec, self.config, self.features = spec, config, features
         self.keypoint_loss = make_loss(spec, config.loss, seed=config.seed)
         names = [output.name for output in spec.outputs]
         self._located = [names.index(name) for name in output_names(spec.decoder)]
@@ -42,14 +45,28 @@ class Objective(nn.Module):
         spoken_for = {*self._located, self._visibility, self._log_error}
         self._others = [place for place in range(len(names)) if place not in spoken_for]
 
-    def forward(self, stages: Sequence[Stage], batch: Batch, taught: Outputs | None = None) -> Tensor:
+    def forward(
+        self,
+        stages: Sequence[Stage],
+        batch: Batch,
+        taught: Outputs | None = None,
+        maps: tuple[Maps, Maps] | None = None,
+    ) -> Tensor:
         """The loss.
 
         Args:
             stages: What the network says, after what its earlier stages say.
             batch: Labels.
             taught: A teacher's outputs, in the same order; it may lack the last ones, which then follow the labels.
+            maps: Feature maps of the network and of its teacher, for `features`.
         """
+        loss = self._said(stages, batch, taught)
+        if self.features is not None and maps is not None:
+            loss = loss + self.config.feature_weight * self.features(*maps)
+        return loss
+
+    def _said(self, stages: Sequence[Stage], batch: Batch, taught: Outputs | None) -> Tensor:
+        """The loss of what the network says."""
         *earlier, last = stages
         outputs, located = last.outputs, [last.outputs[i] for i in self._located]
         weights = joint_weights(batch.weights, batch.visible, batch.known, self.config.loss)
