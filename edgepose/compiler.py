@@ -23,6 +23,7 @@ from edgepose.data.splits import image_digests, split_train
 from edgepose.errors import AnnotationError, CheckpointError, UsageError
 from edgepose.host import cache_directory
 from edgepose.pose.codec import decode
+from edgepose.profiler.turns import time_in_turns
 from edgepose.profiles import load_target
 from edgepose.recipe import Recipe
 from edgepose.stages.assemble import (
@@ -42,6 +43,7 @@ from edgepose.stages.assemble import (
 )
 from edgepose.stages.budget import check_budget, check_metric
 from edgepose.stages.cache import StageKey, StageResult, run_state
+from edgepose.stages.precisions import Contest, Timer, contests, settle
 from edgepose.stages.settings import Plan, QuantiseStage, plan_of
 from edgepose.stages.source import Network, Source
 
@@ -89,7 +91,7 @@ class _Build:
 
     request: CompileRequest
     observer: Observer
-    orders: tuple[EngineOrder, ...]
+    contests: tuple[Contest, ...]
     plan: Plan
     source: Source
     source_card: Card
@@ -109,12 +111,15 @@ class _Build:
         return StageKey(stage, inputs if own is None else {**inputs, "module": own.structure}, config, tools)
 
 
-def compile_bundle(request: CompileRequest, observer: Observer | None = None) -> CompileResult:
+def compile_bundle(
+    request: CompileRequest, observer: Observer | None = None, *, timer: Timer = time_in_turns
+) -> CompileResult:
     """Compile a checkpoint, or a network of the user's own.
 
     Args:
         request: What to compile.
         observer: Told about progress.
+        timer: Times the engines of different precisions, where the recipe compares them.
 
     Raises:
         BadInput: Recipe, checkpoint, data or target cannot be used as asked.
@@ -131,7 +136,7 @@ def compile_bundle(request: CompileRequest, observer: Observer | None = None) ->
         _quantise(build, build.plan.quantise)
     check_budget(request.recipe, build.stages, read_card(build.checkpoint))
     exported = _export(build)
-    engines = _engines(build, exported)
+    engines = _engines(build, exported, timer)
     return _bundle(build, exported, engines)
 
 
@@ -162,7 +167,7 @@ def planned_stages(request: CompileRequest) -> tuple[tuple[str, str], ...]:
             )
         )
     stages.append(("export", f"opset {request.recipe.export.opset}"))
-    stages += [(order.stage, f"for {order.target.name}") for order in build.orders]
+    stages += [(stage, f"for {contest.order.target.name}") for contest in build.contests for stage in contest.stages]
     return (*stages, ("bundle", str(request.out)))
 
 
@@ -192,7 +197,9 @@ def _start(request: CompileRequest, observer: Observer) -> _Build:
                 fix="choose data with the network's keypoints, or train a network for these",
             )
     plan = plan_of(request.recipe, targets)
-    return _Build(request, observer, orders, plan, source, card, source.path, card.weights_sha256, people)
+    quantised = plan.quantise is not None or card.quantisation is not None
+    places = contests(orders, request.recipe.precisions, "int8" if quantised else "fp32")
+    return _Build(request, observer, places, plan, source, card, source.path, card.weights_sha256, people)
 
 
 def _source(model: str | Network) -> Source:
@@ -386,18 +393,25 @@ def _export(build: _Build) -> StageResult:
     return _run(build, build.key("export", {"checkpoint": build.digest}, {"opset": opset}, _EXPORT), work)
 
 
-def _engines(build: _Build, exported: StageResult) -> Engines:
+def _engines(build: _Build, exported: StageResult, timer: Timer) -> Engines:
     spec = build.source_card.spec
-    engines = []
-    for order in build.orders:
 
-        def work(folder: Path, order: EngineOrder = order) -> dict[str, Any]:
+    def engine(order: EngineOrder) -> StageResult:
+        def work(folder: Path) -> dict[str, Any]:
+            if order.precision is not None:
+                from edgepose.stages.float_engine import build_float_engine
+
+                return build_float_engine(exported.path, spec, order.backend, order.precision, folder)
             from edgepose.stages import export
 
             return export.build_engine(exported.path, spec, order.backend, order.weight_bits, folder)
 
-        engines.append((order, _run(build, order.key({"export": exported.key}), work)))
-    return tuple(engines)
+        return _run(build, order.key({"export": exported.key}), work)
+
+    def timing(key: StageKey, work: Work) -> StageResult:
+        return _run(build, key, work)
+
+    return tuple(settle(contest, engine, timing, timer) for contest in build.contests)
 
 
 def _bundle(build: _Build, exported: StageResult, engines: Engines) -> CompileResult:
@@ -407,7 +421,7 @@ def _bundle(build: _Build, exported: StageResult, engines: Engines) -> CompileRe
 
     def draft() -> BundleDraft:
         origin = {**_origin(request, build.source_card), "key": key, "stages": [stage.stage for stage in build.stages]}
-        ran = build.stages[: len(build.stages) - len(engines)]
+        ran = build.stages[: build.stages.index(exported) + 1]  # engines and what decided between them come apart
         return BundleDraft(
             name=name,
             spec=msgspec.structs.replace(build.source_card.spec, name=name),

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edgepose.profiles import find_profile, load_profile
+from edgepose.spec import Precision
 
 __all__ = [
     "Export",
@@ -119,6 +120,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         quantise: Makes it integer.
         export: Writes it down as ONNX.
         targets: Devices to build engines for, by name of a target or path of a target file.
+        precisions: Precisions to compare: of each target and backend all that can be had are built and timed in turns,
+            and the fastest is kept, a less accurate one only where it is faster beyond the noise. "auto" compares all
+            that the target runs. Nothing means no comparison: INT8 where the network is quantised, else FP32.
         max_drop_points: Most points of `pck_torso_0.2` that may be lost against the checkpoint on `dev`, the part of
             the training split that is held out for choices; more is exit code 3. Nothing means no limit.
         seed: Seed of every random choice of the stages.
@@ -130,6 +134,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quantise: Quantise | None = None
     export: Export = Export()
     targets: Annotated[tuple[Text, ...], msgspec.Meta(min_length=1)] = ("this-cpu",)
+    precisions: Annotated[tuple[Precision, ...], msgspec.Meta(min_length=1)] | Literal["auto"] | None = None
     max_drop_points: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
 
@@ -137,6 +142,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         repeated = sorted({target for target in self.targets if self.targets.count(target) > 1})
         if repeated:
             raise ValueError(f"the target {repeated[0]!r} twice in targets")
+        named = self.precisions if isinstance(self.precisions, tuple) else ()
+        if len(set(named)) < len(named):
+            raise ValueError(f"a precision twice in precisions: {', '.join(named)}")
 
 
 def load_recipe(name_or_path: str, *, targets: Sequence[str] = ()) -> Recipe:

@@ -147,7 +147,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: Name used on the command line.
         description: One line for people.
         backends: Engines to build, in order of preference.
-        precisions: Precisions the device runs natively.
+        precisions: Precisions the device may run natively; of `this-cpu`, BF16 only where the processor has it.
         threads: Intra-op threads; 0 takes all physical cores this process may use.
         weight_bits: Bits of quantised weights; 7 avoids saturating sums on x86 without VNNI; "auto" asks the host.
         round_to: Channel counts of pruned layers are multiples of this.

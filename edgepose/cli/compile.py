@@ -65,6 +65,8 @@ def headline(report: dict[str, Any]) -> str:
         parts.append(f"dev PCK@0.2 {100 * report['dev']['pck_torso_0.2']:.2f}")
     if "precision" in report:
         parts.append(f"{report['precision']}, median shift {report['shift']['median_px']:.3f} px")
+    if "kept" in report:
+        parts.append(report["text"])
     if "int8_share" in report:
         parts.append(f"{100 * report['int8_share']:.1f} % of MACs in INT8")
     return ", ".join(parts)

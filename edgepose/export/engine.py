@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepose.errors import ParityError
+from edgepose.errors import ParityError, UsageError
 from edgepose.export.int8_share import Int8Share
 from edgepose.export.parity import KeypointShift, keypoint_shift
 from edgepose.runtime import open_session
@@ -44,7 +44,13 @@ class Reference:
 
 
 def engine_from_onnx(
-    model: Path, dialect: Dialect, backend: Backend, reference: Reference, folder: Path
+    model: Path,
+    dialect: Dialect,
+    backend: Backend,
+    reference: Reference,
+    folder: Path,
+    *,
+    precision: Precision | None = None,
 ) -> dict[str, Any]:
     """Build an engine in a folder of its own and compare it with the reference.
 
@@ -54,6 +60,7 @@ def engine_from_onnx(
         backend: Who is to execute it.
         reference: What it has to answer.
         folder: Where the engine's files go.
+        precision: Arithmetic of what is not quantised; None is FP32. What is quantised is INT8 and nothing else.
 
     Returns:
         The report: backend, dialect, main file, precision, share of integer multiplications, differences.
@@ -61,13 +68,19 @@ def engine_from_onnx(
     Raises:
         ParityError: The engine strays too far from the reference.
         OnnxError: The backend refuses the file.
+        UsageError: A precision that the dialect or the backend does not have.
+        BackendUnavailable: A precision that this processor does not have.
     """
-    precision: Precision = "fp32" if dialect == "float" else "int8"
+    own: Precision = "fp32" if dialect == "float" else "int8"
+    precision = precision or own
+    if (precision == "int8") != (own == "int8"):
+        raise UsageError("engine: precision", found=f"{precision}, of a network written as {dialect}", expected=own)
     report: dict[str, Any] = {"backend": backend, "dialect": dialect, "precision": precision}
     main = engine_file(model, backend, folder)
     if precision == "int8" and (backend == "onnxruntime" or backend == "openvino"):  # noqa: PLR1714 - mypy narrows by these alone
         report["int8_share"] = int8_share(main, backend).share
-    shift, differences = _compare(main, backend, precision, reference)
+    shift, differences = engine_differences(main, backend, precision, reference)
+    _check(shift, backend, precision)
     return {**report, "main": main.name, "shift": msgspec.to_builtins(shift), "differences": differences}
 
 
@@ -111,9 +124,10 @@ def int8_share(path: str | os.PathLike[str], backend: Literal["onnxruntime", "op
             assert_never(backend)
 
 
-def _compare(
+def engine_differences(
     main: Path, backend: Backend, precision: Precision, reference: Reference
 ) -> tuple[KeypointShift, dict[str, float]]:
+    """How far an engine's answers are from the reference's: of keypoints, and the largest of each output, by name."""
     spec = reference.spec
     session = open_session(main, backend, threads=1, precision=precision)
     try:
@@ -121,6 +135,10 @@ def _compare(
     finally:
         session.close()
     shift = keypoint_shift(reference.outputs, found, spec.decoder)
+    return shift, {name: float(np.abs(found[name] - value).max()) for name, value in reference.outputs.items()}
+
+
+def _check(shift: KeypointShift, backend: Backend, precision: Precision) -> None:
     allowed = _MAX_GAP[precision]
     if not shift.logit_gap <= allowed:
         raise ParityError(
@@ -129,4 +147,3 @@ def _compare(
             expected=f"at most {allowed:g}",
             fix=f"a tolerance of {shift.logit_gap:.2g} would have passed; protect sensitive layers or use qat",
         )
-    return shift, {name: float(np.abs(found[name] - value).max()) for name, value in reference.outputs.items()}

@@ -18,7 +18,7 @@ from edgepose.bundle import Bundle, BundleDraft, EngineDraft, is_pristine, read_
 from edgepose.errors import BackendUnavailable, EdgeposeError, MissingDependency, UsageError
 from edgepose.host import fingerprint, weight_bits
 from edgepose.runtime import EXECUTABLE
-from edgepose.spec import Backend, Target
+from edgepose.spec import Backend, Precision, Target
 from edgepose.stages.cache import StageKey, StageResult, run_stage
 
 _BUILDERS: dict[str, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
@@ -59,21 +59,26 @@ class EngineOrder:
         target: The device it is for.
         backend: The runtime that is to execute it.
         weight_bits: Bits of its weights, where it is quantised.
+        precision: Its precision; None is the network's own: INT8 where it is quantised, FP32 where it is not.
     """
 
     target: Target
     backend: Backend
     weight_bits: Literal[7, 8]
+    precision: Precision | None = None
 
     @property
     def stage(self) -> str:
         """Name of the stage that builds it."""
-        return f"engine-{self.backend}"
+        return f"engine-{self.backend}" + ("" if self.precision is None else f"-{self.precision}")
 
     def key(self, inputs: Mapping[str, str]) -> StageKey:
-        """What the engine depends on besides `inputs`: weight bits, builders, this host."""
+        """What the engine depends on besides `inputs`: weight bits or precision, builders, this host."""
         inputs = {**inputs, "host": fingerprint().digest}
-        return StageKey(self.stage, inputs, {"weight_bits": self.weight_bits}, (_BUILDERS[self.backend], "onnx"))
+        config: dict[str, Any] = {"weight_bits": self.weight_bits}
+        if self.precision is not None:
+            config = {"precision": self.precision}
+        return StageKey(self.stage, inputs, config, (_BUILDERS[self.backend], "onnx"))
 
 
 Engines = tuple[tuple[EngineOrder, StageResult], ...]
