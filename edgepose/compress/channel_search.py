@@ -7,8 +7,8 @@ that changes is a multiple of the budget's `round_to` and respects its floors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,11 +28,13 @@ class Budget:
 
     Attributes:
         ratio: Fraction of the multiply-accumulates to remove; the nearest reachable one is taken, and at least one step
-            if it is not 0.
+            if it is not 0 and nothing is gone already.
         scope: "global" removes the lowest scores of all groups, "uniform" the same fraction of each group.
         round_to: A count that changes becomes a multiple of this.
         min_channels: Fewest channels.
         max_layer_ratio: Largest fraction of its channels that a group may lose.
+        fixed: Channels that groups, by name, keep whatever the search finds for the others.
+        whole: Multiply-accumulates that `ratio` speaks of, where some are gone already; 0 for those of the network.
     """
 
     ratio: float
@@ -40,6 +42,8 @@ class Budget:
     round_to: int
     min_channels: int
     max_layer_ratio: float
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    whole: int = 0
 
     def floor(self, size: int) -> int:
         """Fewest channels that a group of `size` may keep."""
@@ -75,13 +79,20 @@ def choose_kept(
     Raises:
         RecipeError: The limits do not let that much be removed.
     """
-    steps, kept_at = _uniform(groups, budget) if budget.scope == "uniform" else _ranked(groups, scores, budget)
+    free = [place for place, group in enumerate(groups) if group.name not in budget.fixed]
+    searched = [groups[place] for place in free]
+    ranked = [scores[place] for place in free]
+    steps, free_at = _uniform(searched, budget) if budget.scope == "uniform" else _ranked(searched, ranked, budget)
+
+    def kept_at(step: int) -> list[int]:
+        found = iter(free_at(step))
+        return [budget.fixed[group.name] if group.name in budget.fixed else next(found) for group in groups]
 
     def removed_at(step: int) -> float:
-        return 1 - _macs_left(model, groups, kept_at(step), macs) / max(macs.total, 1)
+        return 1 - _macs_left(model, groups, kept_at(step), macs) / max(budget.whole or macs.total, 1)
 
     ratio = budget.ratio
-    if ratio == 0:
+    if ratio == 0 or removed_at(0) >= ratio:
         return kept_at(0)
     most = removed_at(steps)
     if most < ratio:

@@ -1,4 +1,4 @@
-"""Structured channel pruning: plan first (JSON), then apply, as often as wanted.
+"""Structured pruning of blocks and channels: plan first (JSON), then apply, as often as wanted.
 
 Invariant: planning changes nothing that it is given, and a pruned network computes exactly what the full one does when
 the removed channels' readers are set to zero; this is checked before a plan is handed out.
@@ -7,21 +7,19 @@ the removed channels' readers are set to zero; this is checked before a plan is 
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 
 import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from edgepose.compress.channel_groups import ChannelGroup, Side, trace_channel_groups
 from edgepose.compress.channel_search import Budget, choose_kept, macs_per_channel
+from edgepose.compress.depth import choose_blocks
+from edgepose.compress.exactness import inexactness
 from edgepose.compress.fold import fold_branches
 from edgepose.compress.importance import Losses, channel_scores, gate_products
 from edgepose.compress.layers import is_depthwise, kind_of, widths
@@ -32,14 +30,18 @@ from edgepose.compress.plan import (
     PruneConfig,
     PrunedLayer,
     PruningPlan,
+    RemovedBlock,
     apply_pruning,
-    cut,
     parameter_count,
     plan_from_json,
+    plan_rows,
     plan_table,
     plan_to_json,
     resized,
+    without_blocks,
 )
+from edgepose.compress.selection import fixed_counts, protected_layers
+from edgepose.compress.sparsity import sparse_candidates
 from edgepose.errors import CheckpointError, RecipeError
 
 __all__ = [
@@ -49,11 +51,13 @@ __all__ = [
     "PrunedLayer",
     "PruningPlan",
     "Ranking",
+    "RemovedBlock",
     "apply_pruning",
     "kept_at",
     "plan_at",
     "plan_from_json",
     "plan_pruning",
+    "plan_rows",
     "plan_table",
     "plan_to_json",
     "rank_channels",
@@ -70,7 +74,8 @@ def plan_pruning(
         model: The trained network; it is not changed. Branches that fold before export are folded before planning.
         example: (N, 3, h, w) float input of the size the network is used at; its values do not matter.
         config: What to remove.
-        losses: For importance "taylor", and called for that only: given a network, yields one training loss per batch.
+        losses: For importance "taylor" and for `config.depth`, and called for these only: given a network, yields one
+            training loss per batch, of the same people every time.
 
     Returns:
         The plan, checked: the pruned network runs, keeps its output shapes, and equals the full network with the
@@ -89,16 +94,23 @@ class Ranking:
     """A network whose channels are ranked, so that plans of any ratio follow without differentiating it again.
 
     Attributes:
-        model: The network with its branches folded.
+        full: The network with its branches folded.
+        blocks: Residual blocks that go.
+        whole: Multiply-accumulates of the full network.
+        model: The full network without these blocks.
         work: A copy of it in evaluation mode, for trials.
         example: (1, 3, h, w) noise.
         config: What the channels were ranked by; its ratio counts for nothing here.
         groups: Coupled channels that may go.
         frozen: Coupled channels that stay.
-        macs: Multiply-accumulates of the network.
+        macs: Multiply-accumulates of `model`.
         scores: (size,) importance of the channels of each group.
+        fixed: Channels that groups keep, by name, at every ratio.
     """
 
+    full: nn.Module
+    blocks: tuple[RemovedBlock, ...]
+    whole: int
     model: nn.Module
     work: nn.Module
     example: Tensor
@@ -107,23 +119,28 @@ class Ranking:
     frozen: tuple[FrozenGroup, ...]
     macs: Macs
     scores: tuple[Tensor, ...]
+    fixed: Mapping[str, int]
 
 
 def rank_channels(model: nn.Module, example: Tensor, config: PruneConfig, *, losses: Losses | None = None) -> Ranking:
     """Find and rank the channels of a network; arguments and errors as of `plan_pruning`, whatever the ratio."""
     config = _checked(config)
     example = _probe(example)
-    model = fold_branches(model)
+    full = fold_branches(model)
+    blocks = _blocks(full, example, config, losses)
+    model = without_blocks(full, [block.name for block in blocks])
     gates = _gates(model, config, losses)
     work = copy.deepcopy(model).eval()
     groups, frozen = _prunable_groups(work, example, config)
+    fixed = fixed_counts(model, groups, frozen, config)
     macs = count_macs(work, example)
     scores = [channel_scores(work, g, config.importance, gates=gates, seed=config.seed) for g in groups]
     if (
         config.importance == "taylor"
     ):  # what matters is the loss per multiply-accumulate: the rank of a knapsack's items
         scores = [s / macs_per_channel(work, g, macs) for g, s in zip(groups, scores, strict=True)]
-    return Ranking(model, work, example, config, tuple(groups), frozen, macs, tuple(scores))
+    whole = macs.total + sum(block.macs for block in blocks)
+    return Ranking(full, blocks, whole, model, work, example, config, tuple(groups), frozen, macs, tuple(scores), fixed)
 
 
 def kept_at(ranking: Ranking, ratio: float) -> tuple[int, ...]:
@@ -133,7 +150,9 @@ def kept_at(ranking: Ranking, ratio: float) -> tuple[int, ...]:
         RecipeError: So much cannot be removed.
     """
     config = ranking.config
-    budget = Budget(ratio, config.scope, config.round_to, config.min_channels, config.max_layer_ratio)
+    budget = Budget(
+        ratio, config.scope, config.round_to, config.min_channels, config.max_layer_ratio, ranking.fixed, ranking.whole
+    )
     return tuple(choose_kept(ranking.work, ranking.groups, ranking.scores, ranking.macs, budget))
 
 
@@ -151,7 +170,7 @@ def plan_at(ranking: Ranking, ratio: float) -> PruningPlan:
         for group, score, kept in zip(groups, ranking.scores, kept_at(ranking, ratio), strict=True)
     }
     layers = _layers(model, groups, gone)
-    fault = _inexactness(work, layers, example)
+    fault = inexactness(work, layers, example)
     if fault:
         raise CheckpointError(
             f"pruning {type(model).__name__}: postcondition",
@@ -172,12 +191,32 @@ def plan_at(ranking: Ranking, ratio: float) -> PruningPlan:
             for layer in layers
         ),
         frozen=ranking.frozen,
-        macs_before=macs.total,
+        macs_before=ranking.whole,
         macs_after=macs_after.total,
-        params_before=parameter_count(model),
+        params_before=parameter_count(ranking.full),
         params_after=parameter_count(pruned),
         made_with=f"torch-pruning {version('torch-pruning')}",
+        blocks=ranking.blocks,
+        sparse=_sparse_layers(pruned, config),
     )
+
+
+def prunable_groups(
+    model: nn.Module, example: Tensor, config: PruneConfig
+) -> tuple[tuple[ChannelGroup, ...], tuple[FrozenGroup, ...]]:
+    """Groups of coupled channels that may lose some, and the others with the reason why they may not.
+
+    Args:
+        model: The network; it is not changed, and its branches are taken as they are.
+        example: (N, 3, h, w) float input of the size the network is used at; its values do not matter.
+        config: Says which layers are protected.
+
+    Raises:
+        RecipeError: A pattern of `config.protected` matches nothing.
+        CheckpointError: The network cannot be traced.
+    """
+    prunable, frozen = _prunable_groups(copy.deepcopy(model).eval(), _probe(example), config)
+    return tuple(prunable), frozen
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> int:
@@ -230,6 +269,34 @@ def _probe(example: Tensor) -> Tensor:
     return torch.randn((1, *example.shape[1:]), generator=generator).to(example)
 
 
+def _blocks(model: nn.Module, example: Tensor, config: PruneConfig, losses: Losses | None) -> tuple[RemovedBlock, ...]:
+    if config.depth == 0:
+        return ()
+    if losses is None:
+        raise RecipeError(
+            "prune.depth",
+            found=f"{config.depth} without training losses",
+            expected="a callable that yields them",
+            fix="hand over training data, or leave depth out",
+        )
+    protected = protected_layers(model, config.protected)
+    return choose_blocks(model, example, config.depth, losses, protected)
+
+
+def _sparse_layers(pruned: nn.Module, config: PruneConfig) -> tuple[str, ...]:
+    if config.pattern is None:
+        return ()
+    layers = sparse_candidates(pruned, config.protected)
+    if not layers:
+        raise RecipeError(
+            "prune.pattern",
+            found=f"{config.pattern} for a network without a layer that can have it",
+            expected="convolutions or linear layers whose input channels come in fours",
+            fix="protect fewer layers, or leave pattern out",
+        )
+    return layers
+
+
 def _gates(model: nn.Module, config: PruneConfig, losses: Losses | None) -> dict[str, Tensor]:
     if config.importance != "taylor":
         return {}
@@ -251,7 +318,7 @@ def _prunable_groups(
     Whether a group can lose channels is tried, not guessed: one channel is removed and the network run. This finds the
     network's outputs, and every place where the graph couples what does not belong together (a flattened map, say).
     """
-    protected = _protected_layers(work, config.protected)
+    protected = protected_layers(work, config.protected)
     prunable, frozen = [], []
     for group in trace_channel_groups(work, example):
         guarded = [m.layer for m in group.members if m.side == "out" and m.layer in protected]
@@ -261,30 +328,12 @@ def _prunable_groups(
         elif not reason and group.size == 1:
             reason = "it has a single channel"
         elif not reason:
-            reason = _inexactness(work, _layers(work, [group], {group.name: [0]}), example)
+            reason = inexactness(work, _layers(work, [group], {group.name: [0]}), example)
         if reason:
             frozen.append(FrozenGroup(group.name, group.size, reason))
         else:
             prunable.append(group)
     return prunable, tuple(frozen)
-
-
-def _protected_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
-    """Layers whose outputs are to stay, each with the pattern that says so."""
-    names = [name for name, layer in model.named_modules() if kind_of(layer) is not None]
-    protected: dict[str, str] = {}
-    for pattern in patterns:
-        matched = [name for name in names if fnmatchcase(name, pattern)]
-        if not matched:
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            raise RecipeError(
-                "prune.protected",
-                found=f"{pattern!r}, which matches no layer",
-                expected="shell patterns of layer names",
-                fix=f"did you mean {near[0]!r}?" if near else "remove it: the network has no such layers",
-            )
-        protected.update(dict.fromkeys(matched, pattern))
-    return protected
 
 
 def _layers(model: nn.Module, groups: Sequence[ChannelGroup], gone: dict[str, list[int]]) -> tuple[PrunedLayer, ...]:
@@ -307,60 +356,3 @@ def _layers(model: nn.Module, groups: Sequence[ChannelGroup], gone: dict[str, li
             kept = tuple(c for c in range(outputs) if c not in without_out)
             layers.append(PrunedLayer(name, kind, inputs, kept_in, outputs, kept))
     return tuple(layers)
-
-
-def _inexactness(work: nn.Module, layers: Sequence[PrunedLayer], example: Tensor) -> str:
-    """Why removing these channels is not the same as reading zeros from them; empty if it is the same.
-
-    Args:
-        work: A copy of the network in evaluation mode; its layers are replaced for a while and put back.
-        layers: What is removed.
-        example: (1, 3, h, w) noise.
-    """
-    muted, smaller = {}, {}
-    for layer in layers:
-        module = work.get_submodule(layer.name)
-        smaller[layer.name] = copy.deepcopy(module)
-        cut(smaller[layer.name], layer)
-        if isinstance(module, (_ConvNd, nn.Linear)) and not is_depthwise(module):
-            reader = muted[layer.name] = copy.deepcopy(module)
-            reader.weight.data[:, sorted(set(range(layer.in_channels)) - set(layer.kept_in))] = 0
-    with _replaced(work, muted), torch.no_grad():
-        expected = list(_tensors(work(example)))
-    try:
-        with _replaced(work, smaller), torch.no_grad():
-            found = list(_tensors(work(example)))
-    except (RuntimeError, ValueError, IndexError) as err:
-        return f"without its channels the network does not run: {err}"
-    for one, other in zip(expected, found, strict=True):
-        if one.shape != other.shape:
-            return f"its channels reach the network's output: {tuple(one.shape)} would become {tuple(other.shape)}"
-        error = (one.double() - other.double()).abs().max().item()
-        limit = 1e-4 * max(one.double().abs().max().item(), 1e-6)
-        if not error <= limit:  # so written that NaN is an error too
-            return f"outputs that differ by {error:.3g} (tolerance {limit:.3g})"
-    return ""
-
-
-@contextmanager
-def _replaced(work: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Swaps layers of a network by name, and back afterwards."""
-    own = {name: work.get_submodule(name) for name in layers}
-    try:
-        for name, layer in layers.items():
-            work.set_submodule(name, layer)
-        yield
-    finally:
-        for name, layer in own.items():
-            work.set_submodule(name, layer)
-
-
-def _tensors(outputs: object) -> Iterator[Tensor]:
-    """The tensors of a forward pass's result, whatever it is nested in, in order."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, (tuple, list)):
-        for part in outputs:
-            yield from _tensors(part)
-    elif isinstance(outputs, dict):
-        yield from _tensors(list(outputs.values()))

@@ -28,6 +28,7 @@ from edgepose.compress.prune import (
     apply_pruning,
     plan_from_json,
     plan_pruning,
+    plan_rows,
     plan_table,
     plan_to_json,
     reestimate_batch_norm,
@@ -208,10 +209,15 @@ def test_table_names_every_weighted_layer_and_sums_up() -> None:
     plan = planned()
     rows = plan_table(plan)
     assert {len(row) for row in rows} == {len(PLAN_COLUMNS)}
-    assert [row[0] for row in rows[:-1]] == [layer.name for layer in plan.layers if layer.kind != "batch_norm"]
-    assert rows[0][1] == "3"  # the image's channels stay
-    assert "→" in rows[0][2]
-    assert rows[-1][-1] == f"{100 * (1 - plan.macs_after / plan.macs_before):.0f} %"
+    assert [row[0] for row in rows[:-2]] == [layer.name for layer in plan.layers if layer.kind != "batch_norm"]
+    assert rows[0][1:4] == ("3", str(len(plan.layers[0].kept)), "8")  # the image's channels stay
+    assert "→" in rows[1][1]
+    assert rows[-1][-2:] == (f"{100 * (1 - plan.macs_after / plan.macs_before):.0f} %", "100.0 %")
+    parts = plan_rows(plan)
+    assert sum(row.macs_before for row in parts[:-1]) == plan.macs_before
+    assert sum(row.macs_after for row in parts[:-1]) == plan.macs_after
+    assert sum(row.share for row in parts[:-1]) == pytest.approx(1)
+    assert parts[-2].macs_before == parts[-2].macs_after > 0  # the layers that were left alone
 
 
 @pytest.mark.parametrize(
@@ -400,7 +406,8 @@ def test_values_out_of_range_are_refused_by_field(wrong: dict[str, object]) -> N
 def test_recipes_offer_exactly_what_pruning_can_do() -> None:
     assert get_args(recipe.Importance) == get_args(plan_module.Importance)
     fields = {field.name for field in msgspec.structs.fields(PruneConfig)}
-    assert {"ratio", "importance", "scope", "protected"} <= fields & set(recipe.Prune.__struct_fields__)
+    shared = {"ratio", "importance", "scope", "protected"}
+    assert shared <= fields & set(recipe.Prune.__struct_fields__)
 
 
 @given(
