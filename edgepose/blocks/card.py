@@ -22,7 +22,8 @@ class Lineage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stage that a checkpoint went through.
 
     Attributes:
-        stage: "train", "transfer", "prune", "recover", "qat" or "ptq".
+        stage: "train", "transfer", "sparse", "prune", "recover", "qat" or "ptq"; of several prunings and recoveries
+            all but the last are numbered ("prune-1").
         config: The stage's settings, as written by msgspec.
         inputs: Digests of what went in, by role ("train", "dev", "rendered", "checkpoint", "teacher").
         report: What came out: per-epoch curve, metrics on dev, seconds.

@@ -17,6 +17,7 @@ from edgepose.blocks.card import Card, paths_of, read_card
 from edgepose.blocks.config import PRESETS, KPEConfig
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.cli.console import note, say
+from edgepose.cli.train_control import train_control_arm
 from edgepose.cli.train_run import People, Training, figures, require_torch
 from edgepose.data.coco import dataset
 from edgepose.data.splits import some_images, split_train
@@ -31,10 +32,14 @@ EXAMPLES = (
     "edgepose train --from kpe-s --data horses --images 100 --out runs/horses --epochs 40 --freeze-epochs 5",
     "edgepose train --from runs/kpe-s --data lspet --out runs/kpe-s-192 --input-size 192 --epochs 10",
     "edgepose train --model kpe-s --data lspet --out runs/taught --distill-from runs/teacher.safetensors",
+    "edgepose train --from kpe-s --data lspet --out runs/kpe-s-control --control-of prune-qat-int8",
 )
 
 _EPOCHS = {"kpe-t": 18, "kpe-s": 29}
 """Enough on a few thousand people to be of use; longer is better. Other presets take the largest."""
+
+_SETTINGS = ("epochs", "freeze_epochs", "batch_size", "learning_rate", "seed", "distill_weight")
+"""Flags that change one setting of training."""
 
 _LEAST_DEV = 2  # people in dev, below which choosing an epoch means nothing
 _DISTILL_WEIGHT = 0.5
@@ -83,25 +88,25 @@ def train(
     distill_weight: Annotated[
         float | None, typer.Option("--distill-weight", min=0.0, max=1.0, help="Share of the teacher in the loss [0.5].")
     ] = None,
+    control_of: Annotated[
+        str | None, typer.Option("--control-of", help="Train --from for as long as this recipe does, uncompressed.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is at OUT.")] = False,
 ) -> int:
     """Train a network on DATA/train.json; 10 % of its people are held out to choose the best epoch.
 
-    Ctrl-C saves the run beside OUT; the same command goes on from there.
+    Ctrl-C saves the run beside OUT; the same command goes on from there. With --control-of RECIPE the network of --from
+    gets the recipe's fine-tuning (epochs, schedules, loss, teachers) and nothing of its compression: the arm that
+    compressed networks are compared with.
     """
+    flags = dict(locals())
     state = _check_free(out, force=force)
+    if control_of is not None:
+        return train_control_arm(flags)
     start, start_card = _checkpoint(source)
     changes = {"head": head, "backbone": backbone, "refinements": refinements, "input_hw": _square(input_size)}
     architecture = _architecture(model, start_card, changes)
-    flags = {
-        "epochs": epochs,
-        "freeze_epochs": freeze_epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "distill_weight": distill_weight,
-    }
-    config = _config(settings, architecture.name, flags)
+    config = _config(settings, architecture.name, {name: flags[name] for name in _SETTINGS})
     teacher, _ = _checkpoint(distill_from)
     config = _with_teacher(config, distill_weight, teaches=teacher is not None)
     _check_share(config, rendered)
@@ -180,14 +185,15 @@ def _config(path: Path | None, name: str, flags: Mapping[str, Any]) -> TrainConf
 
 def _with_teacher(config: TrainConfig, distill_weight: float | None, *, teaches: bool) -> TrainConfig:
     """Makes teacher and share of the loss fit each other."""
-    if not teaches and config.distill_weight > 0:
-        raise UsageError(
-            "distill_weight",
-            found=f"{config.distill_weight:g} without a teacher",
-            expected="a teacher for this share of the loss",
-            fix="add --distill-from CHECKPOINT, or leave the weight out",
-        )
-    if teaches and distill_weight == 0:
+    for name, weight in (("distill_weight", config.distill_weight), ("feature_weight", config.feature_weight)):
+        if not teaches and weight > 0:
+            raise UsageError(
+                name,
+                found=f"{weight:g} without a teacher",
+                expected="a teacher for this share of the loss",
+                fix="add --distill-from CHECKPOINT, or leave the weight out",
+            )
+    if teaches and distill_weight == config.feature_weight == 0:
         raise UsageError(
             "--distill-weight",
             found="0 with a teacher, who would teach nothing",

@@ -7,6 +7,7 @@ names and sizes of the two networks' parts alone, so that a resumed run compares
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -181,8 +182,8 @@ def _outermost(model: nn.Module, maps: Maps) -> tuple[str, ...]:
     def superseded(name: str, following: str) -> bool:
         return name.rpartition(".")[0] == following.rpartition(".")[0] and _sizes(maps[name]) == _sizes(maps[following])
 
-    pairs = zip(found, [*found[1:], None], strict=True)
-    return tuple(name for name, following in pairs if following is None or not superseded(name, following))
+    pairs = itertools.pairwise([*found, ""])
+    return tuple(name for name, following in pairs if not following or not superseded(name, following))
 
 
 def _projection(student: Tensor, teacher: Tensor) -> nn.Module:

@@ -23,7 +23,16 @@ from edgepose.data.coco import PoseDataset
 from edgepose.errors import AnnotationError, CheckpointError, EdgeposeError, SpecError, StorageError, UsageError
 from edgepose.spec import Keypoints
 from edgepose.training.config import TrainConfig
-from edgepose.training.loop import FitResult, Interrupted, RunOptions, _one_cycle, dev_metrics, fit, selection
+from edgepose.training.loop import (
+    FitResult,
+    Interrupted,
+    RunOptions,
+    _one_cycle,
+    _settings,
+    dev_metrics,
+    fit,
+    selection,
+)
 from edgepose.training.predict import cut_crops, predict
 from tests.conftest import REPOSITORY
 from tests.training.dots import CONFIG, NETWORK, SPEC, Recorder, dots, network
@@ -299,12 +308,28 @@ def test_the_last_bits_of_the_starting_weights_may_differ(state: Path, data: tup
     fit(model, SPEC, data, CONFIG, options=RunOptions(state, workers=0))
 
 
-@pytest.mark.parametrize(("field", "words"), [("distill_weight", "without a teacher"), ("masking", "occlusion-robust")])
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("distill_weight", 0.5, "without a teacher"),
+        ("feature_weight", 0.5, "without a teacher"),
+        ("masking", 0.5, "occlusion-robust"),
+        ("dense", ("backbone.*",), "without sparsity"),
+    ],
+)
 def test_settings_that_would_do_nothing_are_refused(
-    field: str, words: str, data: tuple[PoseDataset, PoseDataset]
+    field: str, value: object, words: str, data: tuple[PoseDataset, PoseDataset]
 ) -> None:
     with pytest.raises(UsageError, match=rf"{field}.*{words}"):
-        run(data, msgspec.structs.replace(CONFIG, **{field: 0.5}))
+        run(data, msgspec.structs.replace(CONFIG, **{field: value}))
+
+
+def test_settings_younger_than_a_state_count_where_they_say_something() -> None:
+    """Runs that were stopped before a setting was there go on; it means then what was before it."""
+    assert {"feature_weight", "sparsity", "dense"}.isdisjoint(_settings(CONFIG))
+    assert {**_settings(CONFIG), "sparsity": 0.1} == _settings(msgspec.structs.replace(CONFIG, sparsity=0.1))
+    written = msgspec.json.encode(CONFIG).replace(b',"feature_weight":0.0,"sparsity":0.0,"dense":[]', b"")
+    assert msgspec.json.encode(_settings(CONFIG)) == written  # to the byte, for states are known by its hash
 
 
 @pytest.mark.parametrize("content", ["cut", "noise", "foreign"])

@@ -1,0 +1,71 @@
+"""`edgepose train --control-of RECIPE`: the arm that a compressed network is compared with.
+
+Invariant: what is trained, for how long and by whom is the recipe's to say; a flag that would change it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgepose.blocks.card import paths_of, read_card
+from edgepose.blocks.zoo import find_checkpoint
+from edgepose.cli.compile import Watcher
+from edgepose.cli.console import say, steps
+from edgepose.cli.train_run import figures, require_torch
+from edgepose.data.coco import dataset
+from edgepose.data.splits import split_train
+from edgepose.errors import CheckpointError, UsageError
+from edgepose.profiles import load_target
+from edgepose.recipe import load_recipe
+from edgepose.stages.control import train_control
+from edgepose.stages.settings import plan_of
+from edgepose.stages.source import Source
+
+_TAKEN = ("data", "out", "source", "workers", "threads", "control_of", "force")
+
+
+def train_control_arm(flags: Mapping[str, Any]) -> int:
+    """Train the network of --from as the recipe of --control-of would, without compressing it.
+
+    Args:
+        flags: All of `edgepose train`, by the name of their parameter; None where not given.
+
+    Raises:
+        UsageError: A flag that the recipe decides, no --from, or a recipe that trains nothing.
+        CheckpointError: Keypoints of network and data differ, or the network is compressed already.
+        EdgeposeError: Whatever training raises.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None and name not in _TAKEN]
+    if given:
+        raise UsageError(
+            given[0],
+            found="given beside --control-of",
+            expected="nothing that the recipe decides",
+            fix=f"leave it out: the control does what {flags['control_of']} does",
+        )
+    if flags["source"] is None:
+        raise UsageError("--control-of", found="no network", expected="--from with the checkpoint that is compressed")
+    recipe = load_recipe(flags["control_of"])
+    plan = plan_of(recipe, tuple(load_target(name) for name in recipe.targets))
+    source = Source(find_checkpoint(flags["source"]))
+    people = split_train(dataset(flags["data"], "train"))
+    _check_keypoints(source, people[0].keypoints.names)
+    require_torch(flags["threads"])
+    with steps() as shown:
+        phases = train_control(source, people, plan, flags["out"], (Watcher(shown), flags["workers"]))
+    trained = sum(len(phase.report["curve"]) for phase in phases)
+    reached = {name: value for name, value in phases[-1].report["dev"].items() if value is not None}
+    say(f"{paths_of(flags['out'])[0]}: {trained} epochs in {len(phases)} phases, on dev {figures(reached)}")
+    return 0
+
+
+def _check_keypoints(source: Source, names: tuple[str, ...]) -> None:
+    card = read_card(source.path)
+    if card.keypoints.names != names:
+        raise CheckpointError(
+            card.name,
+            found=f"a network for {card.keypoints.count} keypoints",
+            expected=f"the {len(names)} of the data",
+            fix="choose data with the network's keypoints",
+        )
