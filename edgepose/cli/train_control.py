@@ -18,7 +18,7 @@ from edgepose.data.splits import split_train
 from edgepose.errors import CheckpointError, UsageError
 from edgepose.profiles import load_target
 from edgepose.recipe import load_recipe
-from edgepose.stages.control import train_control
+from edgepose.stages.control import control_phases, train_control
 from edgepose.stages.settings import plan_of
 from edgepose.stages.source import Source
 
@@ -48,6 +48,7 @@ def train_control_arm(flags: Mapping[str, Any]) -> int:
         raise UsageError("--control-of", found="no network", expected="--from with the checkpoint that is compressed")
     recipe = load_recipe(flags["control_of"])
     plan = plan_of(recipe, tuple(load_target(name) for name in recipe.targets))
+    control_phases(plan)  # before any work
     source = Source(find_checkpoint(flags["source"]))
     people = split_train(dataset(flags["data"], "train"))
     _check_keypoints(source, people[0].keypoints.names)

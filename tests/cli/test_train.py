@@ -196,3 +196,53 @@ def test_too_few_people(cli: Cli, command: list[object], tmp_path: Path) -> None
     outcome = cli(*command, "--data", tmp_path / "few")
     assert outcome.code == 2
     assert "at least 20 people" in outcome.line
+
+
+# The control arm of a recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    text = "name: small\ndescription: d\nprune: {ratio: 0.3, epochs: 2, steps: 2}\nquantise: {mode: qat, epochs: 1}\n"
+    (tmp_path / "small.yaml").write_text(text)
+    return tmp_path / "small.yaml"
+
+
+def test_a_recipes_control_is_trained_by_one_command(
+    cli: Cli, command: list[object], people: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPOSE_CACHE", str(tmp_path / "cache"))
+    assert cli(*command, "--epochs", 1).code == 0
+    flags = ["--data", people, "--out", tmp_path / "control", "--workers", 0, "--threads", 1]
+    outcome = cli("train", "--from", tmp_path / "net", "--control-of", recipe, *flags)
+    assert outcome.code == 0
+    assert "control.safetensors: 3 epochs in 3 phases, on dev" in outcome.out
+    lineage = read_card(tmp_path / "control").lineage
+    assert [(entry.stage, entry.config["epochs"]) for entry in lineage] == [("train", 1)] * 4
+    assert lineage[1].inputs["teacher"] == lineage[1].inputs["checkpoint"] == read_card(tmp_path / "net").weights_sha256
+    taken = cli("train", "--from", tmp_path / "net", "--control-of", recipe, *flags)
+    assert taken.code == 2
+    assert "--force" in taken.line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--epochs", 3], "--epochs: found given beside --control-of"),
+        (["--distill-from", "kpe-t"], "--distill-from: found given beside --control-of"),
+        ([], "--control-of: found no network, expected --from"),
+    ],
+)
+def test_flags_that_the_recipe_decides_are_refused(
+    cli: Cli, people: Path, recipe: Path, tmp_path: Path, flags: list[object], words: str
+) -> None:
+    outcome = cli("train", "--data", people, "--out", tmp_path / "control", "--control-of", recipe, *flags)
+    assert outcome.code == 2
+    assert words in outcome.line
+
+
+def test_a_recipe_without_training_has_no_control(cli: Cli, people: Path, tmp_path: Path) -> None:
+    flags = ["--data", people, "--out", tmp_path / "control", "--from", "kpe-t"]
+    outcome = cli("train", "--control-of", "ptq-int8", *flags)
+    assert outcome.code == 2
+    assert "a recipe without fine-tuning" in outcome.line
