@@ -17,9 +17,11 @@ from edgepose.spec import Precision
 __all__ = [
     "Export",
     "Importance",
+    "MaxDrop",
     "Prune",
     "QuantisationAware",
     "QuantiseAfterTraining",
+    "RangeEstimator",
     "Recipe",
     "Scope",
     "find_profile",
@@ -29,11 +31,15 @@ __all__ = [
 Importance = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
 Scope = Literal["global", "uniform"]
 
+RangeEstimator = Literal["default", "minmax", "mean-minmax", "median-minmax", "quantile", "histogram"]
+BudgetMetric = Literal["pck_torso_0.2", "pck_torso_0.1", "limb12_extent_0.1", "pck_extent_0.1"]
+
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Epochs = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 LearningRate = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Weight = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Images = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +64,18 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distill_weight: Weight = 0.5
 
 
+class MaxDrop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What quantisation may cost before layers are given back to floating point.
+
+    Attributes:
+        points: Most points of `metric` that may be lost on dev against the network that was quantised.
+        metric: What is held to the budget.
+    """
+
+    points: Annotated[float, msgspec.Meta(ge=0, le=100)]
+    metric: BudgetMetric = "pck_torso_0.2"
+
+
 class QuantiseAfterTraining(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="mode", tag="ptq"
 ):
@@ -66,13 +84,24 @@ class QuantiseAfterTraining(
     Attributes:
         calibration_images: Persons of the training split that the ranges are measured on.
         activations: "asymmetric" wastes no code after a ReLU, "symmetric" is all that TensorRT reads; "auto" is
-            symmetric where a target runs TensorRT and asymmetric elsewhere.
+            symmetric where a target runs TensorRT and asymmetric elsewhere. What the other kind would reach on dev is
+            in the stage's report.
         protected: Names of modules left in floating point ("head.x").
+        range_estimator: How an activation's range follows from the calibration images: NNCF's default; the extremes;
+            the mean or median of the extremes of each batch of 32; the mean of each batch's 1e-4 quantiles; or the
+            range in which a histogram of the values loses least.
+        max_drop: Give the most harmful layers back to floating point, by what they lose per millisecond that they
+            save, until no more than this is lost. Nothing means that all layers stay integer.
+        min_int8_macs: Least share of the multiplications outside protected parts that every INT8 engine has to execute
+            in integers, as its runtime itself says; less is exit code 5.
     """
 
     calibration_images: Images = 300
     activations: Literal["auto", "asymmetric", "symmetric"] = "auto"
     protected: tuple[Text, ...] = ()
+    range_estimator: RangeEstimator = "default"
+    max_drop: MaxDrop | None = None
+    min_int8_macs: Share = 0.95
 
 
 class QuantisationAware(
@@ -84,6 +113,9 @@ class QuantisationAware(
         calibration_images: Persons of the training split that the ranges start from.
         activations: As for post-training quantisation.
         protected: Names of modules left in floating point ("head.x").
+        range_estimator: As for post-training quantisation.
+        max_drop: As for post-training quantisation; looked at when training has ended.
+        min_int8_macs: As for post-training quantisation.
         epochs: Fine-tuning with fake quantisation.
         learning_rate: Peak of the fine-tuning's one-cycle schedule.
         distill_weight: Share of the floating-point network's outputs in the loss; 0 looks at the labels only.
@@ -92,6 +124,9 @@ class QuantisationAware(
     calibration_images: Images = 300
     activations: Literal["auto", "asymmetric", "symmetric"] = "auto"
     protected: tuple[Text, ...] = ()
+    range_estimator: RangeEstimator = "default"
+    max_drop: MaxDrop | None = None
+    min_int8_macs: Share = 0.95
     epochs: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5
     learning_rate: LearningRate = 2e-4
     distill_weight: Weight = 0.5

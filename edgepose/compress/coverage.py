@@ -23,10 +23,13 @@ from edgepose.compress.hooks import add_hook, graph_of, hooks_of, remove_hook
 
 _QUANTISERS = ("asymmetric_quantize", "symmetric_quantize")
 _LINEAR = (om.PTLinearMetatype, om.PTMatMulMetatype, om.PTAddmmMetatype)
-_INTEGER_KERNELS = (
+_WEIGHTED = (
     om.PTConv1dMetatype, om.PTConv2dMetatype, om.PTConv3dMetatype,
     om.PTDepthwiseConv1dSubtype, om.PTDepthwiseConv2dSubtype, om.PTDepthwiseConv3dSubtype,
-    *_LINEAR, om.PTAddMetatype, om.PTMulMetatype, om.PTAvgPool2dMetatype, om.PTMeanMetatype,
+    *_LINEAR,
+)  # fmt: skip
+_INTEGER_KERNELS = (
+    *_WEIGHTED, om.PTAddMetatype, om.PTMulMetatype, om.PTAvgPool2dMetatype, om.PTMeanMetatype,
     om.PTLeakyRELUMetatype, om.PTSigmoidMetatype, om.PTCatMetatype,
 )  # fmt: skip
 _RECTIFIERS = (om.PTRELUMetatype, om.PTRELU6Metatype, om.PTHardTanhMetatype)
@@ -78,6 +81,51 @@ def complete_coverage(
         remove_hook(wrapped, place)
         add_hook(wrapped, place, spanning_quantiser(observer.low, observer.high, symmetric=symmetric))
     return places
+
+
+def idle_quantisers(wrapped: nn.Module, example: Tensor, floats: Collection[str]) -> tuple[str, ...]:
+    """Places of activation quantisers that no integer kernel needs: all who make or read their value are float.
+
+    Args:
+        wrapped: A fake-quantised network.
+        example: (1, 3, h, w) float32.
+        floats: Functions that stay float, by NNCF's names, beside those whose weight has no quantiser.
+    """
+    graph, idle = graph_of(wrapped, example), []
+    hooks = hooks_of(wrapped)
+    quantisers = [node for node in graph.topological_sort() if node.node_type in _QUANTISERS]
+    for place, hook in hooks.items():
+        if not isinstance(hook, BaseQuantizer) or hook.narrow_range:  # weights have the narrow range
+            continue
+        nodes = [node for node in quantisers if _names_hook(node, place)]
+        touched = [other for node in nodes for other in _across_movers(graph, node)]
+        if not any(_is_integer(graph, node, floats) for node in touched):
+            idle.append(place)
+    return tuple(idle)
+
+
+def _across_movers(graph: PTNNCFGraph, start: NNCFNode) -> list[NNCFNode]:
+    """Who makes what a node reads and who reads what it makes, beyond movers, rectifiers and quantisers."""
+    found = []
+    for step in (graph.get_previous_nodes, graph.get_next_nodes):
+        following = list(step(start))
+        while following:
+            node = following.pop()
+            if _is_mover(node) or node.metatype in _RECTIFIERS or node.node_type in _QUANTISERS:
+                following += step(node)
+            else:
+                found.append(node)
+    return found
+
+
+def _is_integer(graph: PTNNCFGraph, node: NNCFNode, floats: Collection[str]) -> bool:
+    """Whether integers pay for a node: it multiplies by weights in integers, or stands beside one that does."""
+    if node.metatype not in _INTEGER_KERNELS or node.node_name in floats:
+        return False
+    if node.metatype in _WEIGHTED:
+        return not _has_float_weight(graph, node)
+    beside = [other for other in _across_movers(graph, node) if other.metatype in _WEIGHTED]
+    return any(_is_integer(graph, other, floats) for other in beside)
 
 
 def spanning_quantiser(low: float, high: float, *, symmetric: bool) -> BaseQuantizer:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.errors import ParityError, UsageError
+from edgepose.export.int8_reasons import achieved, read_asked
 from edgepose.export.int8_share import Int8Share
 from edgepose.export.parity import KeypointShift, keypoint_shift
 from edgepose.runtime import open_session
@@ -76,9 +77,11 @@ def engine_from_onnx(
     if (precision == "int8") != (own == "int8"):
         raise UsageError("engine: precision", found=f"{precision}, of a network written as {dialect}", expected=own)
     report: dict[str, Any] = {"backend": backend, "dialect": dialect, "precision": precision}
+    asked = read_asked(model) if own == "int8" else None  # before the file goes away
     main = engine_file(model, backend, folder)
-    if precision == "int8" and (backend == "onnxruntime" or backend == "openvino"):  # noqa: PLR1714 - mypy narrows by these alone
-        report["int8_share"] = int8_share(main, backend).share
+    if asked is not None and (backend == "onnxruntime" or backend == "openvino"):  # noqa: PLR1714 - mypy narrows by these alone
+        done = achieved(int8_share(main, backend), asked)
+        report |= {"int8_share": done.share, "int8": msgspec.to_builtins(done)}
     shift, differences = engine_differences(main, backend, precision, reference)
     _check(shift, backend, precision)
     return {**report, "main": main.name, "shift": msgspec.to_builtins(shift), "differences": differences}

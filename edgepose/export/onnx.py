@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from edgepose.compress.ranges import Ranges
 from edgepose.errors import OnnxError, ParityError
+from edgepose.export.marks import note_modules
 from edgepose.export.parity import ParityReport, Tolerance, compare
 from edgepose.spec import ModelSpec, TensorSpec
 from edgepose.storage import atomic_file
@@ -120,6 +121,7 @@ def _export(model: nn.Module, spec: ModelSpec, opset: int, ranges: Ranges | None
         from edgepose.export.marks import take_marks
 
         take_marks(exported, ranges)
+    note_modules(exported)
     _strip_traces(exported)
     return exported
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino
+from numpy.typing import NDArray
 
 from edgepose.errors import OnnxError
 from edgepose.export.int8_share import Int8Share, Kernel
@@ -73,6 +75,32 @@ def int8_share_openvino(path: str | os.PathLike[str]) -> Int8Share:
     # Whatever is named by no executed node was not counted above; taking it for integer would flatter.
     kernels += [Kernel(name, "not found in the compiled graph", integer=False, macs=n) for name, n in macs.items()]
     return Int8Share(backend="openvino", kernels=tuple(kernels))
+
+
+def values_openvino(
+    path: str | os.PathLike[str], names: Sequence[str], feeds: Mapping[str, NDArray[Any]], *, precision: str = "f32"
+) -> dict[str, NDArray[Any]]:
+    """Values inside a network, by their names in the file, as OpenVINO's optimised engine computes them.
+
+    Args:
+        path: An .onnx or .xml file.
+        names: Which values.
+        feeds: Inputs by name.
+        precision: OpenVINO's name of the arithmetic of what is not quantised.
+
+    Raises:
+        OnnxError: OpenVINO cannot read or compile the file, or has no such value.
+    """
+    model = _read(Path(path))
+    there = {name for port in model.outputs for name in port.get_names()}
+    try:
+        model.add_outputs([name for name in names if name not in there])
+        compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+        request = compiled.create_infer_request()
+        request.infer(dict(feeds))
+        return {name: np.array(request.get_tensor(name).data) for name in names}
+    except RuntimeError as err:
+        raise OnnxError(str(path), found=f"OpenVINO cannot run it: {_gist(err)}") from err
 
 
 def _read(path: Path) -> openvino.Model:

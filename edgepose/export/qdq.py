@@ -11,7 +11,7 @@ only for ranges with zero point 0: TensorRT takes nothing else, and silently mis
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edgepose.compress.ranges import Range, Ranges, check_ranges
 from edgepose.errors import OnnxError, UsageError
-from edgepose.export.marks import METADATA_KEY, Mark, marks_of
+from edgepose.export.marks import FLOATS_KEY, HEAVY, METADATA_KEY, FloatNode, Mark, marks_of, modules_of
 from edgepose.spec import Backend
 from edgepose.storage import atomic_file
 
@@ -36,7 +36,8 @@ _MOVERS = frozenset({
     "Identity", "Expand", "DepthToSpace", "SpaceToDepth",
 })  # fmt: skip
 _WITH_BIAS = frozenset({"Conv", "Gemm"})
-_HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_REQUANTISED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+_CHANNEL_AXIS = 1
 
 
 class QdqReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,6 +113,9 @@ def quantised_onnx(
     writer.spread()
     writer.write()
     report = writer.report()
+    modules = modules_of(model.metadata_props)
+    floats = [FloatNode(name, _is_inside(modules.get(name, ""), ranges.protected)) for name in report.float_nodes]
+    model.metadata_props[FLOATS_KEY] = msgspec.json.encode(floats).decode()
     model.metadata_props.pop(METADATA_KEY, None)
     model.metadata_props["edgepose.dialect"] = dialect if weight_bits == 8 else f"{dialect}-{weight_bits}bit"
     with atomic_file(path) as temporary:
@@ -194,13 +198,16 @@ class _Writer:
             self._write_tensor(value, entry)
         for value in self.weights:
             self._drop_if_unused(value)
+        if self.dialect == "u8s8":
+            for node in list(self.graph):
+                self._keep_float(node)
         self.graph.sort()
 
     def report(self) -> QdqReport:
         floats = [
             node.name or ""
             for node in self.graph
-            if node.op_type in _HEAVY and not all(_is_dequantised(node.inputs[i]) for i in (0, 1))
+            if node.op_type in HEAVY and not all(_is_dequantised(node.inputs[i]) for i in (0, 1))
         ]
         return QdqReport(
             dialect=self.dialect,
@@ -302,6 +309,37 @@ class _Writer:
             if permutation is not None:
                 self.graph.remove(node, safe=True)
 
+    def _keep_float(self, node: ir.Node) -> None:
+        """Dequantises what a float layer reads with a scale per channel, all of them equal.
+
+        ONNX Runtime quantises float weights by itself, with one scale for all channels, wherever they stand between
+        codes of one scale (its WeightBiasQuantization): protecting a layer would make it worse. The numbers stay equal.
+        """
+        if node.op_type not in _REQUANTISED or len(node.inputs) < 2:
+            return
+        value, weight = node.inputs[0], node.inputs[1]
+        producer = None if value is None else value.producer()
+        if weight is None or weight.const_value is None or producer is None or value is None:
+            return
+        if producer.op_type != "DequantizeLinear":
+            return
+        channels = _channels_read(node, weight.const_value.shape.numpy())
+        scale, zero = (producer.inputs[index].const_value.numpy() for index in (1, 2))  # type: ignore[union-attr]
+        name = f"{value.name}_for_{node.name}"
+        vectors = [
+            self._constant(f"{name}_scales", np.full(channels, scale, np.float32)),
+            self._constant(f"{name}_zero_points", np.full(channels, zero, zero.dtype)),
+        ]
+        own = ir.node(
+            "DequantizeLinear", [producer.inputs[0], *vectors], attributes={"axis": _CHANNEL_AXIS}, name=f"{name}_read"
+        )
+        own.outputs[0].name, own.outputs[0].shape = f"{name}_channels", value.shape
+        own.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        self.graph.append(own)
+        node.replace_input_with(0, own.outputs[0])
+        if not value.uses() and not any(output is value for output in self.graph.outputs):
+            self.graph.remove(producer, safe=True)
+
     def _stored(
         self, weight: _Weight, scales: NDArray[np.float32], permutation: list[int] | None, consumer: ir.Node
     ) -> ir.Value:
@@ -387,6 +425,19 @@ def _moves(node: ir.Node, inputs: int, entry: Range) -> bool:
         mode = node.attributes.get("mode")
         return mode is None or mode.as_string() == "nearest"
     return node.op_type == "Relu" and entry.zero_point[0] == entry.low
+
+
+def _channels_read(node: ir.Node, weight_shape: Sequence[int]) -> int:
+    """Channels of a node's input, from its weight's shape."""
+    if node.op_type == "Conv":
+        return weight_shape[1] * (node.attributes["group"].as_int() if "group" in node.attributes else 1)
+    if node.op_type == "Gemm":
+        return weight_shape[1 if "transB" in node.attributes and node.attributes["transB"].as_int() else 0]
+    return weight_shape[0]  # ConvTranspose
+
+
+def _is_inside(module: str, parts: Iterable[str]) -> bool:
+    return any(f"{module}.".startswith(f"{part}.") for part in parts)
 
 
 def _limits_of(node: ir.Node) -> tuple[float, float] | None:

@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU.
 
-Invariant: graph optimisations are all on and worker threads do not spin unless asked to, so that two sessions in one
-process do not slow each other down.
+Invariant: graph optimisations are all on and worker threads do not spin unless asked otherwise, so that two sessions in
+one process do not slow each other down.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ class OrtSession:
         path: The .onnx or .ort file.
         threads: Intra-op threads, at least 1.
         spinning: Whether idle worker threads wait actively: a little faster alone, ruinous beside other work.
+        optimise: Whether the graph is optimised; False computes node by node what the file says.
 
     Raises:
         OnnxError: The file is missing or cannot be loaded.
     """
 
-    def __init__(self, path: Path, *, threads: int, spinning: bool = False) -> None:
+    def __init__(self, path: Path, *, threads: int, spinning: bool = False, optimise: bool = True) -> None:
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # warnings about optimised-away initialisers are no use to anyone here

@@ -1,6 +1,7 @@
-"""A recipe's `max_drop_points`: how much accuracy compression may cost.
+"""What a recipe demands of what was made: `max_drop_points` of the network, `min_int8_macs` of its engines.
 
-Invariant: both figures are of one metric on one `dev`; where either is missing that is an error, never a pass.
+Invariant: both figures of a drop are of one metric on one `dev`; where either is missing that is an error, never a
+pass. Demands are checked whether stages ran or were found, for they are no part of a stage's key.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from edgepose.blocks.card import Card
 from edgepose.errors import AccuracyRegression, AnnotationError, CheckpointError, UsageError
+from edgepose.export.int8_share import Achieved, require
 from edgepose.pose.metrics import available
-from edgepose.recipe import Recipe
+from edgepose.recipe import QuantiseAfterTraining, Recipe
+from edgepose.stages.assemble import Engines
 from edgepose.stages.cache import StageResult
 
 METRIC = "pck_torso_0.2"
@@ -21,8 +26,17 @@ def check_metric(recipe: Recipe, card: Card) -> None:
     """Refuse, before any work, a limit that these keypoints cannot be judged by.
 
     Raises:
-        UsageError: The keypoints have no torso.
+        UsageError: The keypoints have no torso, or no such metric as the recipe's `max_drop` names.
     """
+    demand = None if recipe.quantise is None else recipe.quantise.max_drop
+    known = available(card.keypoints)
+    if demand is not None and demand.metric not in known:
+        raise UsageError(
+            f"recipe {recipe.name}: quantise: max_drop: metric {demand.metric}",
+            found=f"keypoints that can be measured by {', '.join(known)}",
+            expected="one of these",
+            fix="choose another metric, or leave max_drop out",
+        )
     if recipe.max_drop_points is not None and METRIC not in available(card.keypoints):
         raise UsageError(
             f"recipe {recipe.name}: max_drop_points",
@@ -59,6 +73,24 @@ def check_budget(recipe: Recipe, stages: Sequence[StageResult], card: Card) -> N
             expected=f"at most {limit:g}",
             fix="prune less, fine-tune longer, or raise max_drop_points",
         )
+
+
+def check_int8_macs(recipe: Recipe, engines: Engines) -> None:
+    """Compare what the INT8 engines really execute in integers with what the recipe demands.
+
+    Args:
+        recipe: Has the demand, where it quantises; a network that came quantised is held to the default.
+        engines: What was built or found.
+
+    Raises:
+        ParityError: An engine does too little in integers; names the layers and the reasons.
+    """
+    for order, result in engines:
+        if "int8" not in result.report:
+            continue
+        minimum = (recipe.quantise or QuantiseAfterTraining()).min_int8_macs
+        found = msgspec.convert(result.report["int8"], Achieved)
+        require(found, minimum, f"engine {order.backend} for {order.target.name}")
 
 
 def _float_figure(stages: Sequence[StageResult], card: Card) -> float:

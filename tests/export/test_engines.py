@@ -10,6 +10,8 @@ import pytest
 
 from edgepose.errors import OnnxError, ParityError
 from edgepose.export.engine import int8_share
+from edgepose.export.int8_reasons import achieved, read_asked
+from edgepose.export.int8_share import require
 from edgepose.export.openvino import openvino_from_onnx
 from edgepose.export.ort import ort_from_onnx
 from edgepose.export.parity import Tolerance, check_step
@@ -51,7 +53,7 @@ def test_all_multiplications_of_a_quantised_network_are_integer(
     assert share.share == 1.0
     assert share.float_kernels == ()
     assert len(share.kernels) == 2 + 2 + 3 + 1 + 2
-    share.require(1.0)
+    require(achieved(share, read_asked(quantised(simcc, tmp_path))), 1.0, "engine")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,8 +61,8 @@ def test_no_multiplication_of_a_float_network_is_integer(simcc: Exported, backen
     assert backend in ("onnxruntime", "openvino")
     share = int8_share(simcc.float_onnx, backend)
     assert share.share == 0.0
-    with pytest.raises(ParityError, match=r"0\.0% of multiplications.*at least 90\.0%"):
-        share.require(0.9)
+    with pytest.raises(ParityError, match=r"engine: min_int8_macs: found 0\.0%.*stem\.2\.0 \(.*at least 90\.0%"):
+        require(achieved(share, read_asked(simcc.float_onnx)), 0.9, "engine")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,6 +71,9 @@ def test_a_protected_layer_is_the_only_float_kernel(signed: Exported, backend: B
     share = int8_share(quantised(signed, tmp_path), backend)
     assert len(share.float_kernels) == 1
     assert share.float_kernels[0].macs == 3 * 64 * 64
+    found = achieved(share, read_asked(quantised(signed, tmp_path)))
+    assert [(layer.layer, layer.protected) for layer in found.float_layers] == [("y", True)]
+    assert found.asked_share == 1.0
 
 
 def test_both_backends_count_the_same_multiplications(simcc: Exported, tmp_path: Path) -> None:
