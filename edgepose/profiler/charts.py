@@ -7,20 +7,18 @@ suits light and dark, and every mark carries a <title> that says its number in w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.profiler.record import LatencyComparison, change_percent
+from edgepose.profiler.svg import WIDTH, Scale, line, rect, scale, svg, text, ticks
 from edgepose.profiler.verdict import JointOutcome, LatencyOutcome
 
-_WIDTH = 720
 _BINS = 60
 _SHOWN_QUANTILE = 0.99  # histograms end here; what lies beyond is counted in words
-
-Scale = Callable[[float], float]
 
 
 def ratio_chart(comparison: LatencyComparison, outcome: LatencyOutcome) -> str:
@@ -33,27 +31,27 @@ def ratio_chart(comparison: LatencyComparison, outcome: LatencyOutcome) -> str:
     left, right = min(ends) - pad, max(ends) + pad
     rows = len(medians)
     height = 74 + 13 * rows
-    x = _scale(left, right, 96, _WIDTH - 16)
+    x = scale(left, right, 96, WIDTH - 16)
     parts = [
-        _rect(x(left), 10, x(thresholds[0]) - x(left), height - 34, "zone-good"),
-        _rect(x(thresholds[0]), 10, x(thresholds[1]) - x(thresholds[0]), height - 34, "zone-warn"),
-        _rect(x(thresholds[1]), 10, x(right) - x(thresholds[1]), height - 34, "zone-bad"),
-        _line(x(0), 10, x(0), height - 24, "zero"),
+        rect(x(left), 10, x(thresholds[0]) - x(left), height - 34, "zone-good"),
+        rect(x(thresholds[0]), 10, x(thresholds[1]) - x(thresholds[0]), height - 34, "zone-warn"),
+        rect(x(thresholds[1]), 10, x(right) - x(thresholds[1]), height - 34, "zone-bad"),
+        line(x(0), 10, x(0), height - 24, "zero"),
     ]
     for row, value in enumerate(medians):
         y = 24 + 13 * row
         label = f"pair {row + 1}: {change_percent(1 + value)}"
-        parts.append(_text(88, y + 4, f"pair {row + 1}", "axis end"))
+        parts.append(text(88, y + 4, f"pair {row + 1}", "axis end"))
         parts.append(f'<circle cx="{x(value):.1f}" cy="{y}" r="4" class="mark a"><title>{label}</title></circle>')
     y = 34 + 13 * rows
     label = f"overall {change_percent(outcome.ratio)}, bounds {change_percent(1 + low)} to {change_percent(1 + high)}"
-    parts.append(_text(88, y + 4, "overall", "axis end strong"))
-    parts.append(_line(x(low), y, x(high), y, "bounds"))
+    parts.append(text(88, y + 4, "overall", "axis end strong"))
+    parts.append(line(x(low), y, x(high), y, "bounds"))
     centre = x(outcome.ratio - 1)
     diamond = f"{centre - 6:.1f},{y} {centre:.1f},{y - 6} {centre + 6:.1f},{y} {centre:.1f},{y + 6}"
     parts.append(f'<polygon points="{diamond}" class="overall"><title>{label}</title></polygon>')
     parts += _percent_axis(x, left, right, height - 8)
-    return _svg(height, parts, f"Change of latency: {label}")
+    return svg(height, parts, f"Change of latency: {label}")
 
 
 def histogram_chart(series: Sequence[tuple[str, NDArray[np.floating]]], unit: str = "ms") -> str:
@@ -72,17 +70,17 @@ def histogram_chart(series: Sequence[tuple[str, NDArray[np.floating]]], unit: st
     edges = np.linspace(left, right, _BINS + 1)
     shares = [np.histogram(values, edges)[0] / len(values) for _, values in filled]
     height, base = 210, 170
-    x, y = _scale(left, right, 16, _WIDTH - 16), _scale(0, max(float(s.max()) for s in shares), base, 24)
-    parts = [_line(16, base, _WIDTH - 16, base, "frame")]
+    x, y = scale(left, right, 16, WIDTH - 16), scale(0, max(float(s.max()) for s in shares), base, 24)
+    parts = [line(16, base, WIDTH - 16, base, "frame")]
     for (label, values), share, name in zip(filled, shares, "ab", strict=False):
         parts.append(_steps(edges, share, x, y, name))
         median = float(np.median(values))
         beyond = int((values > right).sum())
         title = f"{label}: median {median:.3f} {unit}, {len(values)} calls, {beyond} beyond the right edge"
-        parts.append(f"<g><title>{escape(title)}</title>{_line(x(median), 18, x(median), base, f'median {name}')}</g>")
-    parts += [_text(x(t), base + 16, f"{t:g}", "axis middle") for t in _ticks(left, right)]
-    parts.append(_text(_WIDTH - 16, base + 32, f"{unit} per call; the slowest 1 % lie outside", "axis end"))
-    return _svg(height, parts, "Histogram of latency")
+        parts.append(f"<g><title>{escape(title)}</title>{line(x(median), 18, x(median), base, f'median {name}')}</g>")
+    parts += [text(x(t), base + 16, f"{t:g}", "axis middle") for t in ticks(left, right)]
+    parts.append(text(WIDTH - 16, base + 32, f"{unit} per call; the slowest 1 % lie outside", "axis end"))
+    return svg(height, parts, "Histogram of latency")
 
 
 def stage_chart(names: Sequence[str], values_ms: Sequence[float]) -> str:
@@ -92,27 +90,27 @@ def stage_chart(names: Sequence[str], values_ms: Sequence[float]) -> str:
         return ""
     parts, left = [], 0.0
     for number, (name, value) in enumerate(zip(names, values_ms, strict=True)):
-        width = value / whole * _WIDTH
+        width = value / whole * WIDTH
         title = f"{escape(name)} {value:.3f} ms ({100 * value / whole:.0f} %)"
-        parts.append(f"<g><title>{title}</title>{_rect(left, 6, max(width - 2, 1), 30, f'stage s{number % 4}')}</g>")
+        parts.append(f"<g><title>{title}</title>{rect(left, 6, max(width - 2, 1), 30, f'stage s{number % 4}')}</g>")
         if width > 6 * len(f"{name} {value:.2f} ms"):
-            parts.append(_text(left + 8, 25, f"{name} {value:.2f} ms", "inside"))
+            parts.append(text(left + 8, 25, f"{name} {value:.2f} ms", "inside"))
         left += width
     label = ", ".join(f"{name} {value:.3f} ms" for name, value in zip(names, values_ms, strict=True))
-    keys = "".join(f'<span class="key s{n % 4}">{escape(text)}</span>' for n, text in enumerate(label.split(", ")))
-    return f'<p class="legend">{keys}</p>{_svg(42, parts, f"Time per stage: {label}")}'
+    keys = "".join(f'<span class="key s{n % 4}">{escape(part)}</span>' for n, part in enumerate(label.split(", ")))
+    return f'<p class="legend">{keys}</p>{svg(42, parts, f"Time per stage: {label}")}'
 
 
 def joint_chart(joint: JointOutcome, span: float) -> str:
     """The difference of one joint with its 95 % bounds, on an axis of ±`span` points shared by all rows."""
-    x, width = _scale(-span, span, 4, 176), 180
+    x, width = scale(-span, span, 4, 176), 180
     low, high = (min(max(bound, -span), span) for bound in joint.ci95)
     name = "lost" if joint.lost else "kept"
     title = f"{joint.joint} {joint.diff_points:+.2f} points, {joint.ci95[0]:+.2f} to {joint.ci95[1]:+.2f}"
     centre = x(min(max(joint.diff_points, -span), span))
     return (
         f'<svg viewBox="0 0 {width} 18" class="spark" role="img" aria-label="{escape(title)}"><title>{escape(title)}'
-        f"</title>{_line(x(0), 0, x(0), 18, 'zero')}{_line(x(low), 9, x(high), 9, f'bounds {name}')}"
+        f"</title>{line(x(0), 0, x(0), 18, 'zero')}{line(x(low), 9, x(high), 9, f'bounds {name}')}"
         f'<circle cx="{centre:.1f}" cy="9" r="4" class="mark {name}"/></svg>'
     )
 
@@ -127,38 +125,6 @@ def _steps(edges: NDArray[np.float64], share: NDArray[np.float64], x: Scale, y: 
 
 def _percent_axis(x: Scale, left: float, right: float, y: float) -> list[str]:
     return [
-        _text(x(tick / 100), y, f"{tick:+g} %" if tick else "0 %", "axis middle")
-        for tick in _ticks(100 * left, 100 * right)
+        text(x(tick / 100), y, f"{tick:+g} %" if tick else "0 %", "axis middle")
+        for tick in ticks(100 * left, 100 * right)
     ]
-
-
-def _ticks(left: float, right: float) -> list[float]:
-    """Round numbers inside an interval, five or so."""
-    step = 10 ** math.floor(math.log10(max(right - left, 1e-12) / 4))
-    step *= next(factor for factor in (1, 2, 5, 10) if (right - left) / (step * factor) <= 7)
-    first = math.ceil(left / step)
-    return [round(number * step, 12) for number in range(first, math.floor(right / step) + 1)]
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Scale:
-    span = (high - low) or 1.0
-    return lambda value: start + (value - low) / span * (end - start)
-
-
-def _rect(x: float, y: float, width: float, height: float, name: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}" class="{name}"/>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, name: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{name}"/>'
-
-
-def _text(x: float, y: float, text: str, name: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{name}">{escape(text)}</text>'
-
-
-def _svg(height: float, parts: Sequence[str], label: str) -> str:
-    body = "".join(parts)
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" class="chart" role="img" aria-label="{escape(label)}">{body}</svg>'
-    )

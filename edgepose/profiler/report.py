@@ -6,7 +6,6 @@ pictures are all inside it.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from edgepose.errors import ImageError
 from edgepose.profiler.charts import histogram_chart, joint_chart, ratio_chart, stage_chart
+from edgepose.profiler.markup import badge, data_uri, section, table
 from edgepose.profiler.record import LatencyComparison, ProfileRecord, call_times_ms, change_percent
 from edgepose.profiler.verdict import AccuracyOutcome, JointOutcome, LatencyOutcome, Verdict
 from edgepose.profiler.verdict_files import check_name
+from edgepose.profiler.waterfall import Waterfall
+from edgepose.profiler.waterfall_page import waterfall_sections
 
 _WORDS = {
     "pass": "Pass",
@@ -29,7 +30,6 @@ _WORDS = {
     "fail": "Regression",
     "inconclusive": "Inconclusive",
 }
-_MAGIC = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}
 _DEPTH = 4  # levels of a stage's report that are unfolded
 
 
@@ -60,6 +60,9 @@ class Report:
         metrics: Rows of the accuracy table: what was evaluated → metric → value.
         stages: Reports of the stages of a compilation, as the bundle's manifest holds them.
         pictures: Photographs with poses drawn on them.
+        pictures_heading: What stands above them.
+        waterfall: What every step from the float network to the engines cost.
+        extra: Further sections, HTML.
     """
 
     title: str
@@ -71,6 +74,9 @@ class Report:
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     stages: Mapping[str, Any] = field(default_factory=dict)
     pictures: Sequence[Picture] = ()
+    pictures_heading: str = "Pictures"
+    waterfall: Waterfall | None = None
+    extra: Sequence[str] = ()
 
 
 def render_report(report: Report) -> str:
@@ -81,12 +87,14 @@ def render_report(report: Report) -> str:
     """
     sections = [
         _verdict(report.verdict) if report.verdict else "",
+        *(waterfall_sections(report.waterfall) if report.waterfall else ()),
         _facts(report.facts),
         _metrics(report.metrics),
         _accuracy(report.verdict) if report.verdict else "",
         _latency(report.latency, report.verdict.latency if report.verdict else None) if report.latency else "",
         *(_profile(record) for record in report.profiles),
-        _pictures(report.pictures),
+        *report.extra,
+        _pictures(report.pictures_heading, report.pictures),
         _stages(report.stages),
     ]
     page = Template(resources.files("edgepose.profiler").joinpath("templates/report.html").read_text(encoding="utf-8"))
@@ -95,28 +103,13 @@ def render_report(report: Report) -> str:
     )
 
 
-def _section(heading: str, *parts: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{''.join(parts)}</section>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str = "") -> str:
-    """A table of cells that are HTML already; the first column is text and the others are numbers."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table class="{name}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _badge(outcome: str) -> str:
-    return f'<span class="badge {outcome}">{escape(outcome)}</span>'
-
-
 def _verdict(verdict: Verdict) -> str:
-    rows = [(_badge(check.outcome), escape(check_name(check)), escape(check.text)) for check in verdict.checks]
+    rows = [(badge(check.outcome), escape(check_name(check)), escape(check.text)) for check in verdict.checks]
     return (
         f'<section class="verdict {verdict.verdict}"><p class="word">{_WORDS[verdict.verdict]}</p>'
         f"<p>{escape(verdict.candidate)} against {escape(verdict.baseline)} · rules {escape(verdict.rules)} · "
         f"seed {verdict.seed} · exit code {verdict.exit_code}</p>"
-        f"{_table(('outcome', 'check', 'what was found'), rows, 'text')}</section>"
+        f"{table(('outcome', 'check', 'what was found'), rows, 'text')}</section>"
     )
 
 
@@ -124,7 +117,7 @@ def _facts(facts: Mapping[str, str]) -> str:
     if not facts:
         return ""
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return _section("What this is", f"<dl>{items}</dl>")
+    return section("What this is", f"<dl>{items}</dl>")
 
 
 def _metrics(metrics: Mapping[str, Mapping[str, float]]) -> str:
@@ -135,7 +128,7 @@ def _metrics(metrics: Mapping[str, Mapping[str, float]]) -> str:
         (escape(label), *(_metric(name, values.get(name, math.nan)) for name in names))
         for label, values in metrics.items()
     ]
-    return _section("Accuracy", _table(("", *names), rows))
+    return section("Accuracy", table(("", *names), rows))
 
 
 def _metric(name: str, value: float) -> str:
@@ -154,7 +147,7 @@ def _accuracy(verdict: Verdict) -> str:
         "<p>Differences are candidate minus baseline in points, over the same people; bounds come from a bootstrap "
         "over people. A loss smaller than the detectable one would probably not have been noticed on this data.</p>"
     )
-    return _section("Accuracy, candidate against baseline", _table(head, rows), note, _joints(verdict.joints))
+    return section("Accuracy, candidate against baseline", table(head, rows), note, _joints(verdict.joints))
 
 
 def _accuracy_row(outcome: AccuracyOutcome) -> Sequence[str]:
@@ -166,7 +159,7 @@ def _accuracy_row(outcome: AccuracyOutcome) -> Sequence[str]:
         f"{outcome.ci95[0]:+.2f} … {outcome.ci95[1]:+.2f}",
         f"{outcome.detectable_points:.2f}",
         f"{outcome.margin_points:.2f}",
-        _badge(outcome.outcome),
+        badge(outcome.outcome),
     )
 
 
@@ -197,7 +190,7 @@ def _joints(joints: Sequence[JointOutcome]) -> str:
         f"± {span:.1f} points",
         "p (Holm)",
     )
-    return f"<h3>Joint by joint</h3>{_table(head, rows)}"
+    return f"<h3>Joint by joint</h3>{table(head, rows)}"
 
 
 def _latency(comparison: LatencyComparison, outcome: LatencyOutcome | None) -> str:
@@ -220,7 +213,7 @@ def _latency(comparison: LatencyComparison, outcome: LatencyOutcome | None) -> s
     legend = "".join(
         f'<span class="key {name}">{escape(label)}</span>' for name, (label, _) in zip("ab", traces, strict=True)
     )
-    return _section(
+    return section(
         "Latency, candidate against baseline",
         summary,
         chart,
@@ -254,9 +247,9 @@ def _profile(record: ProfileRecord) -> str:
         "host": _host_line(record.host),
     }
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in details.items())
-    return _section(
+    return section(
         f"Profile of {record.label}: {record.backend} {record.precision}",
-        _table(("frame to poses", "time", "95 % bounds"), rows),
+        table(("frame to poses", "time", "95 % bounds"), rows),
         "<h3>Time per stage</h3>",
         stage_chart(record.stages, record.stage_ms),
         f"<h3>Every call</h3>{histogram_chart([(record.label, whole_ms)])}<dl>{items}</dl>",
@@ -268,25 +261,18 @@ def _host_line(host: Any) -> str:
     return f"{host.cpu}, {host.physical_cores} cores, {host.os}; {libraries}"
 
 
-def _pictures(pictures: Sequence[Picture]) -> str:
+def _pictures(heading: str, pictures: Sequence[Picture]) -> str:
     if not pictures:
         return ""
     figures = []
     for picture in pictures:
         panels = "".join(
-            f'<div><img src="{_data_uri(content)}" alt="{escape(label)}"><span>{escape(label)}</span></div>'
+            f'<div><img src="{data_uri(content)}" alt="{escape(label)}"><span>{escape(label)}</span></div>'
             for label, content in picture.panels
         )
         caption = f"<figcaption>{escape(picture.caption)}</figcaption>"
         figures.append(f'<figure><div class="panels">{panels}</div>{caption}</figure>')
-    return _section("Pictures", *figures)
-
-
-def _data_uri(content: bytes) -> str:
-    for magic, kind in _MAGIC.items():
-        if content.startswith(magic):
-            return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-    raise ImageError("report: picture", found=f"bytes that start with {content[:8]!r}", expected="a PNG or JPEG file")
+    return section(heading, *figures)
 
 
 def _stages(stages: Mapping[str, Any]) -> str:
@@ -295,7 +281,7 @@ def _stages(stages: Mapping[str, Any]) -> str:
     folds = [
         f"<details><summary>{escape(name)}</summary>{_value(value, _DEPTH)}</details>" for name, value in stages.items()
     ]
-    return _section("How it was made", *folds)
+    return section("How it was made", *folds)
 
 
 def _value(value: Any, depth: int) -> str:

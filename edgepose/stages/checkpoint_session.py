@@ -1,0 +1,73 @@
+"""Checkpoints of any stage as estimators, and as calls that a measuring process can time.
+
+Invariant: what runs is the module that `load_network` builds, in torch, FP32, in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from edgepose.compress.macs import count_macs
+from edgepose.estimator import PoseEstimator
+from edgepose.stages.networks import load_network
+from edgepose.training.session import TorchSession
+
+_HOOKS = "__nncf"  # where NNCF keeps its quantisers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenCheckpoint:
+    """A checkpoint that is ready to run.
+
+    Attributes:
+        estimator: Runs it; whoever opened it closes it.
+        macs: Multiply-accumulates of its convolutions and linear layers for one person.
+        params: Trained parameters, those of fake quantisers aside.
+        quantised: Whether it is fake-quantised.
+    """
+
+    estimator: PoseEstimator
+    macs: int
+    params: int
+    quantised: bool
+
+
+def open_checkpoint(path: Path) -> OpenCheckpoint:
+    """Load a checkpoint.
+
+    Raises:
+        CheckpointError: It cannot be read, or needs a module of the user's own.
+        IntegrityError: The weights are not those of its card.
+    """
+    network, checkpoint = load_network(path)
+    spec = checkpoint.card.spec
+    height, width = spec.preprocess.input_hw
+    macs = count_macs(network, torch.zeros(1, 3, height, width)).total
+    quantised = checkpoint.card.quantisation is not None
+    params = sum(tensor.numel() for name, tensor in network.named_parameters() if not name.startswith(_HOOKS))
+    return OpenCheckpoint(PoseEstimator(TorchSession(network, spec), spec, backend="torch"), macs, params, quantised)
+
+
+def torch_call(path: str, threads: int) -> Callable[[], object]:
+    """One inference of one person, for a `CallableArm`: eager, channels last, which is torch's quicker layout on CPUs.
+
+    Args:
+        path: The checkpoint.
+        threads: Of torch.
+    """
+    torch.set_num_threads(threads)
+    network, checkpoint = load_network(path)
+    height, width = checkpoint.card.spec.preprocess.input_hw
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((1, 3, height, width), generator=generator).contiguous(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def infer() -> object:
+        with torch.inference_mode():
+            return network(images)
+
+    return infer
