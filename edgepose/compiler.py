@@ -21,7 +21,7 @@ from edgepose.bundle import BundleDraft, GoldenDraft
 from edgepose.data.coco import PoseDataset, dataset
 from edgepose.data.splits import image_digests, split_train
 from edgepose.errors import AnnotationError, CheckpointError, UsageError
-from edgepose.host import cache_directory
+from edgepose.host import cache_directory, fingerprint
 from edgepose.pose.codec import decode
 from edgepose.profiler.turns import time_in_turns
 from edgepose.profiles import load_target
@@ -41,11 +41,13 @@ from edgepose.stages.assemble import (
     observed,
     stage_report,
 )
-from edgepose.stages.budget import check_budget, check_metric
+from edgepose.stages.budget import check_budget, check_int8_macs, check_metric
 from edgepose.stages.cache import StageKey, StageResult, run_state
+from edgepose.stages.latency import Form, form_of, measure_achieved, of_order
 from edgepose.stages.precisions import Contest, Timer, contests, settle
-from edgepose.stages.settings import Plan, QuantiseStage, plan_of
+from edgepose.stages.settings import Plan, PruneStage, QuantiseStage, plan_of
 from edgepose.stages.source import Network, Source
+from edgepose.training.config import TrainConfig
 
 __all__ = ["CompileRequest", "CompileResult", "Network", "Observer", "compile_bundle", "planned_stages"]
 
@@ -64,6 +66,9 @@ class Observer(StageObserver, Protocol):
 
     def epoch(self, row: dict[str, float]) -> None:
         """An epoch of fine-tuning ended."""
+
+    def timed(self, what: str, done: int, total: int) -> None:
+        """A shape, or the finished engine, was timed in `done` of `total` pairs of processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,8 @@ class _Build:
     checkpoint: Path
     digest: str
     people: tuple[PoseDataset, PoseDataset] | None = None
+    form: Form | None = None
+    search: StageResult | None = None
     stages: list[StageResult] = field(default_factory=list)
 
     @property
@@ -125,19 +132,21 @@ def compile_bundle(
         BadInput: Recipe, checkpoint, data or target cannot be used as asked.
         DataUnavailable: A stage needs people and there is no data.
         AccuracyRegression: More accuracy was lost on dev than the recipe's `max_drop_points`.
-        ParityError: Two forms of the network disagree.
+        ParityError: Two forms of the network disagree, or an engine does less in integers than the recipe demands.
     """
     build = _start(request, observer or _Nobody())
     _take_prebuilt(build)
     _check_people(build)
     if build.plan.prune is not None:
-        _prune(build, build.plan)
+        _prune(build, build.plan, timer)
     if build.plan.quantise is not None:
         _quantise(build, build.plan.quantise)
     check_budget(request.recipe, build.stages, read_card(build.checkpoint))
     exported = _export(build)
     engines = _engines(build, exported, timer)
-    return _bundle(build, exported, engines)
+    check_int8_macs(request.recipe, engines)
+    after = (_side_by_side(build, exported, engines), _achieved(build, engines, timer))
+    return _bundle(build, exported, engines, tuple(stage for stage in after if stage is not None))
 
 
 def planned_stages(request: CompileRequest) -> tuple[tuple[str, str], ...]:
@@ -154,10 +163,14 @@ def planned_stages(request: CompileRequest) -> tuple[tuple[str, str], ...]:
         stages.append(("data", "missing: add --data DIR"))
     if plan.prune or plan.quantise:
         stages.append(("reference", "measured on dev"))
-    if plan.prune:
-        stages.append(("prune", f"{plan.prune.ratio:.0%} of the multiply-accumulates, by {plan.prune.importance}"))
-    if plan.recover:
-        stages.append(("recover", f"{plan.recover.epochs} epochs"))
+    if plan.sparse:
+        stages.append(("sparse", f"{plan.sparse.epochs} epochs"))
+    if build.form is not None and plan.prune:
+        stages.append(("aim", f"shapes timed in {build.form.precision} in {build.form.backend} on this machine"))
+    for step in plan.pruning:
+        stages.append((f"prune{step.suffix}", f"{step.prune.goal}, by {step.prune.importance}"))
+        if step.recover:
+            stages.append((f"recover{step.suffix}", f"{step.recover.epochs} epochs"))
     if plan.quantise:
         training = plan.quantise.training
         stages.append(
@@ -168,6 +181,10 @@ def planned_stages(request: CompileRequest) -> tuple[tuple[str, str], ...]:
         )
     stages.append(("export", f"opset {request.recipe.export.opset}"))
     stages += [(stage, f"for {contest.order.target.name}") for contest in build.contests for stage in contest.stages]
+    if build.people is not None:
+        stages.append(("accuracy", "on dev: in torch, as exported, of each engine"))
+    if build.form is not None and plan.prune:
+        stages.append(("latency", "the finished engine timed against the unpruned one"))
     return (*stages, ("bundle", str(request.out)))
 
 
@@ -177,6 +194,7 @@ class _Nobody:
     def cutting(self, done: int, total: int) -> None: ...
     def step(self, done: int, total: int, loss: float) -> None: ...
     def epoch(self, row: dict[str, float]) -> None: ...
+    def timed(self, what: str, done: int, total: int) -> None: ...
 
 
 def _start(request: CompileRequest, observer: Observer) -> _Build:
@@ -199,7 +217,9 @@ def _start(request: CompileRequest, observer: Observer) -> _Build:
     plan = plan_of(request.recipe, targets)
     quantised = plan.quantise is not None or card.quantisation is not None
     places = contests(orders, request.recipe.precisions, "int8" if quantised else "fp32")
-    return _Build(request, observer, places, plan, source, card, source.path, card.weights_sha256, people)
+    aims = plan.prune is not None and plan.prune.aimed
+    form = form_of(plan, orders, request.recipe.export.opset) if aims else None
+    return _Build(request, observer, places, plan, source, card, source.path, card.weights_sha256, people, form)
 
 
 def _source(model: str | Network) -> Source:
@@ -239,7 +259,8 @@ def _take_prebuilt(build: _Build) -> None:
             build.checkpoint, build.digest = path, card.weights_sha256
             build.plan = Plan(None, None, None)
             return
-    if build.source_card.plan is not None or build.source_card.quantisation is not None:
+    card = build.source_card
+    if card.quantisation is not None or (card.plan is not None and recipe.prune is not None):
         raise CheckpointError(
             build.source_card.name,
             found="a checkpoint that is compressed already, with other settings",
@@ -250,10 +271,12 @@ def _take_prebuilt(build: _Build) -> None:
 
 def _wanted_lineage(plan: Plan) -> list[tuple[str, msgspec.Struct]]:
     stages: list[tuple[str, msgspec.Struct]] = []
-    if plan.prune is not None:
-        stages.append(("prune", plan.prune))
-    if plan.recover is not None:
-        stages.append(("recover", plan.recover))
+    if plan.sparse is not None:
+        stages.append(("sparse", plan.sparse))
+    for step in plan.pruning:
+        stages.append((f"prune{step.suffix}", step.prune.asked))
+        if step.recover is not None:
+            stages.append((f"recover{step.suffix}", step.recover))
     if plan.quantise is not None:
         stages.append((plan.quantise.name, plan.quantise))
     return stages
@@ -265,11 +288,16 @@ def _same_settings(tail: Sequence[Lineage], wanted: Sequence[tuple[str, msgspec.
         return False
     try:
         return all(
-            msgspec.convert(entry.config, type(config), strict=True) == config
+            _asked(msgspec.convert(entry.config, type(config), strict=True)) == config
             for entry, (_, config) in zip(tail, wanted, strict=True)
         )
     except msgspec.ValidationError:
         return False
+
+
+def _asked(config: msgspec.Struct) -> msgspec.Struct:
+    """What of a stage's settings a recipe says: not the ratio that a search found on some machine."""
+    return config.asked if isinstance(config, PruneStage) else config
 
 
 def _people(build: _Build, stage: str) -> tuple[PoseDataset, PoseDataset]:
@@ -307,34 +335,80 @@ def _reference(build: _Build) -> None:
         _run(build, key, work)
 
 
-def _prune(build: _Build, plan: Plan) -> None:
-    assert plan.prune is not None
-    settings = plan.prune
-    train, dev = _people(build, "prune")
+def _prune(build: _Build, plan: Plan, timer: Timer) -> None:
     _reference(build)
-    people = {"train": train.digest, "dev": dev.digest}
+    if plan.sparse is not None:
+        _fine_tune(build, "sparse", plan.sparse)
+    if plan.prune is not None and build.form is not None:
+        build.search = _aim(build, plan.prune, build.form, timer)
+        plan = plan.at_ratio(build.search.report["ratio"])
+    for step in plan.pruning:
+        _cut(build, f"prune{step.suffix}", step.prune, None if step.suffix else build.search)
+        if step.recover is not None:
+            _fine_tune(build, f"recover{step.suffix}", step.recover)
+
+
+def _aim(build: _Build, settings: PruneStage, form: Form, timer: Timer) -> StageResult:
+    """Find out how much has to go for the recipe's latency."""
+    train, dev = _people(build, "aim")
+    source = build.current
+
+    def aim(folder: Path) -> dict[str, Any]:
+        from edgepose.stages import aim, compress
+
+        run = aim.Run(folder, timer, build.observer.timed)
+        return aim.aim(source, compress.StageData(train, dev), settings, form, run)
+
+    inputs = {"checkpoint": build.digest, "train": train.digest, "host": fingerprint().digest}
+    return _run(build, build.key("aim", inputs, {"settings": settings, "form": form}, (*_EXPORT, "torch-pruning")), aim)
+
+
+def _achieved(build: _Build, engines: Engines, timer: Timer) -> StageResult | None:
+    """Time the finished engine, where a latency was aimed at."""
+    search, form = build.search, build.form
+    if search is None or form is None:
+        return None
+    finished = next(result for order, result in engines if of_order(form, order))
+    inputs = {"aim": search.key, "engine": finished.key, "host": fingerprint().digest}
+
+    def work(_folder: Path) -> dict[str, Any]:
+        found = measure_achieved(search, finished, timer, build.observer.timed)
+        plain: dict[str, Any] = msgspec.to_builtins(found)
+        return plain
+
+    return _run(build, build.key("latency", inputs, None, (form.backend,)), work)
+
+
+def _cut(build: _Build, stage: str, settings: PruneStage, search: StageResult | None) -> None:
+    train, dev = _people(build, stage)
     source = build.current
 
     def prune(folder: Path) -> dict[str, Any]:
         from edgepose.stages import compress
 
-        return compress.prune(source, compress.StageData(train, dev), settings, folder)
+        people = compress.StageData(train, dev)
+        return compress.prune(source, people, settings, folder, stage=stage, search=search)
 
-    key = build.key("prune", {"checkpoint": build.digest, **people}, settings, (*_TORCH, "torch-pruning"))
-    _advance(build, _run(build, key, prune))
-    if plan.recover is None:
-        return
-    training, pruned = plan.recover, build.current
-    inputs = {"checkpoint": build.digest, "teacher": build.source_card.weights_sha256, **people}
-    key = build.key("recover", inputs, training, _TORCH)
+    inputs = {"checkpoint": build.digest, "train": train.digest, "dev": dev.digest}
+    if search is not None:
+        inputs["aim"] = search.key
+    _advance(build, _run(build, build.key(stage, inputs, settings, (*_TORCH, "torch-pruning")), prune))
+
+
+def _fine_tune(build: _Build, stage: str, training: TrainConfig) -> None:
+    """Fine-tune the checkpoint so far with the network that the compile started from as teacher."""
+    train, dev = _people(build, stage)
+    source, teacher = build.current, build.source
+    digests = {"checkpoint": build.digest, "teacher": build.source_card.weights_sha256}
+    key = build.key(stage, {**digests, "train": train.digest, "dev": dev.digest}, training, _TORCH)
     state = run_state(key)
 
     def recover(folder: Path) -> dict[str, Any]:
         from edgepose.stages import compress
         from edgepose.training.loop import RunOptions
 
-        options = RunOptions(state, build.observer)
-        return compress.recover(pruned, source, compress.StageData(train, dev), training, (folder, options))
+        run = (folder, RunOptions(state, build.observer))
+        return compress.recover(source, teacher, compress.StageData(train, dev), training, run, stage=stage)
 
     _advance(build, _run(build, key, recover))
     state.unlink(missing_ok=True)
@@ -414,13 +488,34 @@ def _engines(build: _Build, exported: StageResult, timer: Timer) -> Engines:
     return tuple(settle(contest, engine, timing, timer) for contest in build.contests)
 
 
-def _bundle(build: _Build, exported: StageResult, engines: Engines) -> CompileResult:
+def _side_by_side(build: _Build, exported: StageResult, engines: Engines) -> StageResult | None:
+    """Measure the network in torch, as exported and of each engine, where there are people to do it on."""
+    if build.people is None:
+        return None
+    dev, source = build.people[1], build.current
+    built = {draft.folder: result for draft, (_, result) in zip(engine_drafts(engines), engines, strict=True)}
+
+    def work(_folder: Path) -> dict[str, Any]:
+        from edgepose.stages import side_by_side
+
+        forms = [side_by_side.form_of(name, result) for name, result in built.items()]
+        return side_by_side.side_by_side(source, dev, exported.path, forms)
+
+    keys = {name: result.key for name, result in built.items()}
+    inputs = {"checkpoint": build.digest, "dev": dev.digest, "export": exported.key, **keys}
+    return _run(build, build.key("accuracy", inputs, None, (*_EXPORT, "onnxruntime")), work)
+
+
+def _bundle(build: _Build, exported: StageResult, engines: Engines, after: tuple[StageResult, ...]) -> CompileResult:
     request, name = build.request, f"{build.source_card.name}-{build.request.recipe.name}"
     built = [(order.target.name, order.target.threads, result.key) for order, result in engines]
     key = key_of(name, exported.key, built, build.digest)
 
     def draft() -> BundleDraft:
         origin = {**_origin(request, build.source_card), "key": key, "stages": [stage.stage for stage in build.stages]}
+        plan = read_card(build.checkpoint).plan
+        if plan is not None:
+            origin["plan"] = plan
         ran = build.stages[: build.stages.index(exported) + 1]  # engines and what decided between them come apart
         return BundleDraft(
             name=name,
@@ -428,7 +523,12 @@ def _bundle(build: _Build, exported: StageResult, engines: Engines) -> CompileRe
             onnx=_network_file(exported),
             engines=engine_drafts(engines),
             chain=_chain(build),
-            reports={**{s.stage: stage_report(s) for s in ran}, **engine_reports(engines), "compile": origin},
+            reports={
+                **{s.stage: stage_report(s) for s in ran if s is not build.search},  # that one is in prune's report
+                **engine_reports(engines),
+                **{s.stage: stage_report(s) for s in after},
+                "compile": origin,
+            },
             golden=_golden(build, exported),
         )
 

@@ -18,11 +18,13 @@ __all__ = [
     "Export",
     "Importance",
     "MaxDrop",
+    "Pattern",
     "Prune",
     "QuantisationAware",
     "QuantiseAfterTraining",
     "RangeEstimator",
     "Recipe",
+    "Schedule",
     "Scope",
     "find_profile",
     "load_recipe",
@@ -30,6 +32,8 @@ __all__ = [
 
 Importance = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
 Scope = Literal["global", "uniform"]
+Pattern = Literal["2:4"]
+Schedule = Literal["equal", "cubic"]
 
 RangeEstimator = Literal["default", "minmax", "mean-minmax", "median-minmax", "quantile", "histogram"]
 BudgetMetric = Literal["pck_torso_0.2", "pck_torso_0.1", "limb12_extent_0.1", "pck_extent_0.1"]
@@ -38,12 +42,17 @@ Text = Annotated[str, msgspec.Meta(min_length=1)]
 Epochs = Annotated[int, msgspec.Meta(ge=0, le=10_000)]
 LearningRate = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Weight = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Factor = Annotated[float, msgspec.Meta(ge=0, le=1000)]
 Images = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Structured pruning, then fine-tuning with the unpruned network as teacher.
+
+    How much goes is said by one of `ratio`, `speedup` and `target_latency_ms`. The latter two look for the least
+    pruning that is fast enough: shapes are built as they will be in the end, quantised where the recipe quantises, and
+    timed against the unpruned network in the runtime that the first target prefers, on this machine.
 
     Attributes:
         ratio: Fraction of the multiply-accumulates to remove; channel counts stay multiples of the targets' `round_to`.
@@ -53,15 +62,60 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         epochs: Fine-tuning after pruning; 0 leaves it out.
         learning_rate: Peak of the fine-tuning's one-cycle schedule.
         distill_weight: Share of the teacher's outputs in the fine-tuning loss; 0 looks at the labels only.
+        feature_weight: Weight of the distance between the network's feature maps and the teacher's, against 1 of the
+            rest of the loss; 0 does not look at them.
+        steps: Prune in so many steps, each with an equal part of `epochs` behind it, what does not divide in the last.
+        schedule: What the steps leave. "equal": the same fraction of what was there. "cubic": much goes at first and
+            little in the end (Zhu & Gupta, 2017). Means nothing in one step; without it several are equal.
+        sparse_epochs: Fine-tuning before pruning that makes channels small (network slimming; Liu et al., ICCV 2017);
+            0 leaves it out.
+        sparsity: Weight of the penalty on channels in those epochs; nothing means 1e-4.
+        speedup: How many times faster than the unpruned network in the same form: of a recipe that quantises, INT8
+            against INT8. The gain over the FP32 original, which quantisation adds to, is reported beside it.
+        target_latency_ms: Milliseconds that one inference of one person may take in its finished form.
+        ratios: Layers, as shell patterns of module names, each with the fraction of its output channels to remove, in
+            the first step and whatever the rest of the network loses; 0 keeps them all. What one of the three goals
+            asks of the whole network includes them; without a goal nothing else goes.
+        depth: Residual blocks to remove, in the first step and before any channels: those without which the training
+            loss grows least. Only blocks whose shortcut is the identity can go. Goals include them, too.
+        pattern: "2:4" sets two of every four consecutive input channels of a weight to zero, in the last step, and
+            keeps them there through fine-tuning and quantisation. NVIDIA's sparse tensor cores (Ampere, Orin) can skip
+            them; no CPU runtime here does, so expect no speed-up on CPUs. `protected` layers stay dense.
     """
 
-    ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)]
+    ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     importance: Importance = "taylor"
     scope: Scope = "global"
     protected: tuple[Text, ...] = ()
     epochs: Epochs = 20
     learning_rate: LearningRate = 1e-3
     distill_weight: Weight = 0.5
+    feature_weight: Factor = 0.0
+    steps: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
+    schedule: Schedule | None = None
+    sparse_epochs: Epochs = 0
+    sparsity: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    speedup: Annotated[float, msgspec.Meta(gt=1, le=100)] | None = None
+    target_latency_ms: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
+    ratios: dict[Text, Annotated[float, msgspec.Meta(ge=0, lt=1)]] = {}
+    depth: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 0
+    pattern: Pattern | None = None
+
+    def __post_init__(self) -> None:
+        goals = {"ratio": self.ratio, "speedup": self.speedup, "target_latency_ms": self.target_latency_ms}
+        given = [name for name, value in goals.items() if value is not None]
+        if not given and not (any(self.ratios.values()) or self.depth or self.pattern):
+            raise ValueError("none of ratio, speedup and target_latency_ms; add one of them, such as 'ratio: 0.5'")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} together; leave one of them, which says how much goes")
+        if self.schedule is not None and self.steps == 1:
+            raise ValueError(f"schedule {self.schedule} for one step")
+        if self.sparsity is not None and self.sparse_epochs == 0:
+            raise ValueError(f"sparsity {self.sparsity:g} without sparse_epochs")
+        if 0 < self.epochs < self.steps:
+            raise ValueError(f"{self.epochs} epochs for {self.steps} steps, each of which needs one")
+        if self.feature_weight > 0 and self.epochs == self.sparse_epochs == 0:
+            raise ValueError(f"feature_weight {self.feature_weight:g} without epochs")
 
 
 class MaxDrop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +173,8 @@ class QuantisationAware(
         epochs: Fine-tuning with fake quantisation.
         learning_rate: Peak of the fine-tuning's one-cycle schedule.
         distill_weight: Share of the floating-point network's outputs in the loss; 0 looks at the labels only.
+        feature_weight: Weight of the distance between the network's feature maps and those of the floating-point
+            network, against 1 of the rest of the loss; 0 does not look at them.
     """
 
     calibration_images: Images = 300
@@ -130,6 +186,7 @@ class QuantisationAware(
     epochs: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 5
     learning_rate: LearningRate = 2e-4
     distill_weight: Weight = 0.5
+    feature_weight: Factor = 0.0
 
 
 Quantise = QuantiseAfterTraining | QuantisationAware

@@ -86,7 +86,11 @@ def test_recipe_is_read_from_a_path(tmp_path: Path) -> None:
         ("quantise: {calibration_images: 3}\n", ["quantise", "no key 'mode'", "ptq"]),
         ("quantise: {mode: qat, calibration_images: 0}\n", ["quantise.calibration_images", "found 0", ">= 1"]),
         ("quantise: {mode: qat, epochs: 0}\n", ["quantise.epochs", "found 0"]),
-        ("prune: {}\n", ["prune", "no key 'ratio'"]),
+        ("prune: {}\n", ["prune", "none of ratio, speedup and target_latency_ms", "add one of them"]),
+        ("prune: {ratio: 0.5, speedup: 2}\n", ["prune", "ratio and speedup together", "leave one of them"]),
+        ("prune: {speedup: 2, target_latency_ms: 4}\n", ["speedup and target_latency_ms together"]),
+        ("prune: {speedup: 1}\n", ["prune.speedup", "found 1", "> 1"]),
+        ("prune: {target_latency_ms: 0}\n", ["prune.target_latency_ms", "found 0", "> 0"]),
         ("prune: {ratio: 1.0}\n", ["prune.ratio", "found 1.0", "< 1.0"]),
         ("prune: {ratio: 0}\n", ["prune.ratio", "> 0.0"]),
         ("prune: {ratio: 0.5, importance: tailor}\n", ["prune.importance", "'tailor'", "did you mean 'taylor'?"]),
@@ -126,3 +130,26 @@ def test_choices_are_those_that_pruning_knows() -> None:
     hints = typing.get_type_hints(plan.PruneConfig)
     assert typing.get_args(Importance) == typing.get_args(hints["importance"])
     assert typing.get_args(Scope) == typing.get_args(hints["scope"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("schedule: cubic", "schedule cubic for one step"),
+        ("sparsity: 0.001", "sparsity 0.001 without sparse_epochs"),
+        ("steps: 3, epochs: 2", "2 epochs for 3 steps"),
+        ("epochs: 0, feature_weight: 1", "feature_weight 1 without epochs"),
+        ("steps: 0", ">= 1"),
+        ("schedule: steep, steps: 2", "'steep'"),
+    ],
+)
+def test_settings_of_steps_that_mean_nothing_in_their_place_are_refused(text: str, words: str) -> None:
+    assert words in refusal(f"prune: {{ratio: 0.5, {text}}}\n")
+
+
+def test_pruning_in_steps_after_sparse_training_with_feature_maps() -> None:
+    text = "ratio: 0.5, steps: 4, schedule: cubic, sparse_epochs: 5, sparsity: 0.001, feature_weight: 2"
+    prune = read(f"prune: {{{text}}}\n").prune
+    assert prune is not None
+    assert (prune.steps, prune.schedule, prune.sparse_epochs, prune.sparsity) == (4, "cubic", 5, 0.001)
+    assert prune.feature_weight == 2

@@ -49,6 +49,16 @@ def load_network(source: Source | Path | str) -> tuple[nn.Module, Checkpoint]:
     return restore(fold_batch_norms(network), placement, checkpoint.tensors).eval(), checkpoint
 
 
+def pruning_of(checkpoint: Checkpoint) -> PruningPlan | None:
+    """The plan that a checkpoint's network was pruned by; None where it was not.
+
+    Raises:
+        CheckpointError: It is not a plan of this version.
+    """
+    card = checkpoint.card
+    return None if card.plan is None else _decoded(card.plan, PruningPlan, f"checkpoint {card.name}: plan")
+
+
 def store_network(network: Network, folder: Path) -> Path:
     """Write a user's network as a checkpoint that `load_network` reads together with the module.
 
