@@ -61,9 +61,9 @@ def waterfall_chart(metric: str, bars: Sequence[Bar], reference: float | None = 
     parts.append(line(_LEFT, height - 34, _RIGHT, height - 34, "frame"))
     parts += [text(x(tick), height - 18, f"{tick:g}", "axis middle") for tick in ticks(left, right)]
     parts.append(text(_RIGHT + 12, height - 18, "%", "axis"))
-    parts.append(
-        text(_LEFT, height - 3, f"{metric}; whiskers: 95 % bounds of the change; band: less than detectable", "axis")
-    )
+    bounded = any(bar.bounds for bar in drawn)
+    legend = "; whiskers: 95 % bounds of the change; band: less than detectable" if bounded else ""
+    parts.append(text(16, height - 3, f"{metric}{legend}", "axis"))
     said = "; ".join(f"{bar.title} {bar.percent:.2f} %" for bar in drawn)
     return svg(height, parts, f"Waterfall of {metric}: {said}")
 
@@ -95,7 +95,15 @@ def _bar(bar: Bar, y: float, x: Scale) -> list[str]:
             marks.append(rect(x(bar.before - bar.detectable), y + 1, span, _ROW - 4, "unseen"))
             label += f"; {bar.detectable:.2f} points detectable"
         start, end = sorted((x(bar.before), x(bar.percent)))
-        marks.append(rect(start, y + 7, max(end - start, 2), _ROW - 16, "loss" if difference < 0 else "gain"))
+        marks.append(
+            rect(
+                start,
+                y + 7,
+                max(end - start, 2),
+                _ROW - 16,
+                "loss" if difference < 0 else "gain" if difference > 0 else "level",
+            )
+        )
         if bar.bounds is not None:
             low, high = (x(bar.before + bound) for bound in bar.bounds)
             marks.append(line(low, y + _ROW / 2 - 1, high, y + _ROW / 2 - 1, "whisker"))

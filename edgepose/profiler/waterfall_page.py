@@ -29,7 +29,10 @@ def waterfall_sections(found: Waterfall) -> tuple[str, ...]:
 
 def _accuracy(found: Waterfall) -> str:
     if not any(step.measured for step in found.steps):
-        return section("Accuracy, step by step", _unmeasured(found)) if _unmeasured(found) else ""
+        missing = _unmeasured(found)
+        return (
+            section("Accuracy, step by step", "<p>Nobody was measured for this page.</p>", missing) if missing else ""
+        )
     parts = [_summary(found)]
     for place, metric in enumerate(found.metrics):
         whole = _chart(found, metric) + _metric_table(found, metric)
