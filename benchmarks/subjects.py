@@ -77,6 +77,9 @@ class _Watcher:
     def epoch(self, row: dict[str, float]) -> None:
         """The curve is in the lineage."""
 
+    def timed(self, what: str, done: int, total: int) -> None:
+        self.context.told(f"{self.stage}: timing {what}", done, total)
+
 
 def compiled(context: Context, network: str, recipe: str) -> Bundle:
     """The bundle of a zoo network by a recipe that comes with edgepose; stages come from the cache where they can.
@@ -101,7 +104,7 @@ def compiled_again(context: Context, network: str, recipe: str) -> tuple[Bundle,
         # Neither the committed checkpoint, found by the recipe's name, nor this user's cache may shorten it.
         asked = msgspec.structs.replace(load_recipe(recipe), name=f"{recipe}-repeated")
         request = CompileRequest(asked, network, lspet(context), context.folder / f"{network}-{asked.name}.bundle")
-        with _empty_cache(context.folder / "cache"):
+        with empty_cache(context.folder / "cache"):
             result = compile_bundle(request, _Watcher(context, may_train=True))
         changed = [stage for stage in result.stages if stage.stage in ("prune", "recover", "ptq", "qat")]
         return result.bundle, changed[-1].path / "network"
@@ -110,7 +113,8 @@ def compiled_again(context: Context, network: str, recipe: str) -> tuple[Bundle,
 
 
 @contextmanager
-def _empty_cache(folder: Path) -> Iterator[None]:
+def empty_cache(folder: Path) -> Iterator[None]:
+    """Stages find nothing that was made before the block, and leave nothing behind it."""
     before = os.environ.get("EDGEPOSE_CACHE")
     os.environ["EDGEPOSE_CACHE"] = str(folder)
     try:

@@ -5,6 +5,7 @@ Invariant: stdout says what was made and which stages were reused; progress goes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from edgepose.cli.console import Steps, duration, note, say, show_table, steps
 from edgepose.compiler import CompileRequest, CompileResult, compile_bundle, planned_stages
 from edgepose.recipe import load_recipe
 from edgepose.stages.cache import StageResult
+from edgepose.stages.latency import STAIR_COLUMNS, stair_rows, staircase_of
 
 EXAMPLES = (
     "edgepose compile ptq-int8 --model kpe-s --data lspet --out kpe-s.bundle",
@@ -52,8 +54,20 @@ def describe(result: CompileResult) -> None:
     ]
     rows.append(("bundle", "reused" if result.reused else "written", str(result.bundle.root)))
     show_table(("stage", "", ""), rows)
+    show_latency({stage.stage: stage.report for stage in result.stages})
     if result.reused:
         say(f"nothing changed: {result.bundle.root} is up to date")
+
+
+def show_latency(reports: Mapping[str, Any]) -> None:
+    """Say what a search for a latency saw, and what the finished engine does; nothing where there was no search."""
+    if "prune" in reports and "latency" in reports["prune"]:
+        staircase = staircase_of(reports["prune"]["latency"])
+        form = staircase.form
+        title = f"{staircase.goal}: shapes timed in {form.backend} {form.precision} on {form.threads} threads"
+        show_table(STAIR_COLUMNS, stair_rows(staircase), title=f"\n{title} ({staircase.cpu})")
+    if "latency" in reports:
+        say(reports["latency"]["text"])
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -67,8 +81,21 @@ def headline(report: dict[str, Any]) -> str:
         parts.append(f"{report['precision']}, median shift {report['shift']['median_px']:.3f} px")
     if "kept" in report:
         parts.append(report["text"])
+    if "stairs" in report:
+        timing = report["predicted"]
+        parts.append(f"{len(report['stairs'])} of {report['shapes']} shapes timed, {timing['speedup']:.2f} x predicted")
+    if "achieved" in report:
+        parts.append(f"{report['achieved']['speedup']:.2f} x achieved")
     if "int8_share" in report:
         parts.append(f"{100 * report['int8_share']:.1f} % of MACs in INT8")
+    if "pck_torso_0.2" in report.get("activations", {}).get("symmetric_costs_points", {}):
+        points = report["activations"]["symmetric_costs_points"]["pck_torso_0.2"]
+        parts.append(f"calibrated symmetric activations {-points:+.2f} points against asymmetric ones")
+    if "max_drop" in report:
+        parts.append(f"{len(report['max_drop']['path'])} layers given back to float")
+    if "figures" in report:
+        forms = {name.rpartition("/")[2]: row.get("pck_torso_0.2") for name, row in report["figures"].items()}
+        parts += [f"{name} {100 * figure:.2f}" for name, figure in forms.items() if figure is not None]
     return ", ".join(parts)
 
 
@@ -100,3 +127,7 @@ class Watcher:
         """Show an epoch's figures on dev."""
         accuracy = f", dev PCK@0.2 {100 * row['pck_torso_0.2']:.2f}" if "pck_torso_0.2" in row else ""
         note(f"{self._stage}: epoch {row['epoch']:.0f}, loss {row['loss']:.3f}{accuracy}")
+
+    def timed(self, what: str, done: int, total: int) -> None:
+        """Show that a shape was timed."""
+        self._shown.told(f"{self._stage}: timing {what}", done, total)
