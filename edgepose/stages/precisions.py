@@ -287,4 +287,5 @@ def _text(turns: Turns, names: Sequence[Precision], kept: int, undecided: Sequen
     text = f"{names[kept]} is kept: {', '.join(parts)}"
     if undecided:
         text += f"; too noisy to tell whether {', '.join(names[number] for number in undecided)} would be faster"
+        text += " (this timing is kept: to repeat it, compile with another EDGEPOSE_CACHE)"
     return text
