@@ -4,7 +4,8 @@ Invariant: importing this imports no verb and no library; a verb's file is impor
 overview (`edgepose --help`) is written from the table below alone.
 
 A verb's file holds the function named in the table, whose annotated parameters are its flags, whose docstring is its
-help, and which returns the exit code (None for 0); and EXAMPLES, command lines that `--help` shows.
+help, and which returns the exit code (None for 0); and EXAMPLES, command lines that `--help` shows. Where it holds
+ACTIONS as well, functions of the same kind, the verb takes the name of one of these as its first word.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("demo", "demo", "compile, run, evaluate, profile and gate a small network, start to end"),
     "train": Verb("train", "train", "train a network on labelled photographs"),
     "compile": Verb("compile", "compile_", "turn a checkpoint into a bundle by a recipe: prune, quantise, export"),
+    "prune": Verb("prune", "prune", "plan which blocks and channels go, show the plan, apply it to a checkpoint"),
     "build": Verb("build", "build", "build the engines of a bundle for other targets, as a new bundle"),
     "run": Verb("run", "run", "find the poses in a photograph, a folder or a video"),
     "eval": Verb("eval", "eval_", "measure the accuracy of a network or bundle on labelled photographs"),
@@ -119,10 +121,21 @@ def app_of(verb: str) -> Typer:
 
     entry = VERBS[verb]
     module = import_module(f"edgepose.cli.{entry.module}")
-    examples = "\n".join(f"  {line}" for line in module.EXAMPLES)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     settings = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
-    app.command(verb, epilog=f"\b\nExamples:\n{examples}", context_settings=settings)(getattr(module, entry.function))
+
+    def epilog(name: str) -> str:
+        lines = [f"  {line}" for line in module.EXAMPLES if f"{line} ".startswith(f"edgepose {name} ")]
+        return "\n".join(["\b", "Examples:", *lines])
+
+    function, actions = getattr(module, entry.function), getattr(module, "ACTIONS", ())
+    if not actions:
+        app.command(verb, epilog=epilog(verb), context_settings=settings)(function)
+        return app
+    app.callback(epilog=epilog(verb), context_settings=settings)(function)
+    for action in actions:
+        name = action.__name__
+        app.command(name, epilog=epilog(f"{verb} {name}"), context_settings=settings)(action)
     return app
 
 

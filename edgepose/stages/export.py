@@ -11,17 +11,20 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from edgepose.compress.fold import fold_batch_norms
+from edgepose.compress.plan import PruningPlan
 from edgepose.compress.quantise import convert
 from edgepose.compress.ranges import read_ranges, write_ranges
 from edgepose.data.render import render_person
 from edgepose.export.engine import Reference, engine_from_onnx
 from edgepose.export.onnx import onnx_from_torch
 from edgepose.export.qdq import dialect_for, quantised_onnx
+from edgepose.export.sparsity import check_sparse_onnx
 from edgepose.pose.preprocess import crop_transforms, normalise, warp
 from edgepose.spec import Backend, ModelSpec
-from edgepose.stages.networks import load_network
+from edgepose.stages.networks import load_network, pruning_of
 from edgepose.stages.source import Source
 from edgepose.training.session import TorchSession
 
@@ -30,21 +33,36 @@ _GOLDEN_PEOPLE = 16
 
 
 def export(source: Source | Path, opset: int, folder: Path) -> dict[str, Any]:
-    """Write the float network, with its ranges and the quantised network beside it, and the torch network's answers."""
+    """Write the float network, with its ranges and the quantised network beside it, and the torch network's answers.
+
+    Raises:
+        ParityError: ONNX Runtime answers differently, or weights are not as sparse as the network's plan says.
+    """
     network, checkpoint = load_network(source)
     spec = checkpoint.card.spec
     if checkpoint.card.quantisation is None:
-        report = onnx_from_torch(fold_batch_norms(network), spec, folder / FLOAT_ONNX, opset=opset)
+        plain = fold_batch_norms(network)
+        report = onnx_from_torch(plain, spec, folder / FLOAT_ONNX, opset=opset)
     else:
         plain, ranges = convert(network)
         report = onnx_from_torch(plain, spec, folder / FLOAT_ONNX, opset=opset, ranges=ranges)
         write_ranges(folder / RANGES, ranges)
         quantised_onnx(folder / FLOAT_ONNX, ranges, folder / MODEL, dialect="u8s8")
+    _check_sparsity(folder, plain, pruning_of(checkpoint))
     images = _rendered_people(spec)
     outputs = TorchSession(network, spec).infer({spec.inputs[0].name: images})
     arrays: dict[str, Any] = {"images": images, **outputs}
     np.savez_compressed(folder / GOLDEN, **arrays)
     return {"opset": opset, "parity": msgspec.to_builtins(report)}
+
+
+def _check_sparsity(folder: Path, plain: nn.Module, plan: PruningPlan | None) -> None:
+    """Refuse files in which weights that the plan made sparse are so no more."""
+    names = () if plan is None else plan.sparse
+    layers = {name: plain.get_parameter(f"{name}.weight").detach().numpy() for name in names}
+    for name in (FLOAT_ONNX, MODEL):
+        if (folder / name).exists():
+            check_sparse_onnx(folder / name, layers)
 
 
 def build_engine(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edgepose.blocks.config import KPEConfig
 from edgepose.blocks.kpe import build
+from edgepose.compress.compose import compose
 from edgepose.compress.depth import choose_blocks, residual_blocks
 from edgepose.compress.importance import Losses
 from edgepose.compress.macs import count_macs
@@ -61,7 +62,7 @@ def distance_from(teacher: nn.Module) -> Losses:
     def losses(model: nn.Module) -> Iterator[Tensor]:
         for half in (slice(0, 2), slice(2, 4)):
             found = model(IMAGES[half])
-            yield sum(((a - b[half]) ** 2).mean() for a, b in zip(found, expected, strict=True))  # type: ignore[misc]
+            yield sum(((a - b[half]) ** 2).mean() for a, b in zip(found, expected, strict=True))
 
     return losses
 
@@ -291,3 +292,17 @@ def test_a_plan_for_other_blocks_is_refused_by_name() -> None:
     )
     with pytest.raises(CheckpointError, match=r"backbone.nowhere: found no such block in this KPENet"):
         apply_pruning(network(), elsewhere)
+
+
+def test_plans_made_one_after_the_other_keep_the_blocks_of_the_first() -> None:
+    first = planned()
+    pruned = apply_pruning(network(), first)
+    second = plan_pruning(pruned, EXAMPLE, PruneConfig(ratio=0.2, round_to=2, min_channels=2))
+    both = compose(first, second)
+    assert both.blocks == first.blocks
+    assert both.config.depth == 2
+    stepwise, once = apply_pruning(pruned, second), apply_pruning(network(), both)
+    assert stepwise.state_dict().keys() == once.state_dict().keys()
+    assert all(
+        torch.equal(a, b) for a, b in zip(stepwise.state_dict().values(), once.state_dict().values(), strict=True)
+    )
