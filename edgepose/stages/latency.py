@@ -249,7 +249,7 @@ class Stopwatch:
     Attributes:
         form: Runtime and threads.
         timer: Times arms in turns.
-        told: Told after every look.
+        told: Told before and after every look.
     """
 
     form: Form
@@ -261,6 +261,7 @@ class Stopwatch:
         rounds: list[_Rounds] = []
         while len(rounds) < pairs:
             more = next((look for look in EFFORT.looks if look > len(rounds)), pairs) - len(rounds)
+            self.told(shape.label, len(rounds), max(pairs, len(rounds) + more))
             rounds += self._look(base, shape, len(rounds), more)
             self.told(shape.label, len(rounds), max(pairs, len(rounds)))
         return _timing(rounds)

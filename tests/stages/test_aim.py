@@ -226,7 +226,7 @@ def test_real_engines_are_timed_in_real_processes(ready: Ready, tmp_path: Path) 
     timing = watch.time(unpruned, same, 1)
     assert timing.pairs == 1
     assert 0 < timing.low <= timing.speedup <= timing.high
-    assert told == [("the same again", 1, 1)]
+    assert told == [("the same again", 0, 1), ("the same again", 1, 1)]
     explodes = ready.clock()
     explodes.fails_after = 0
     assert Stopwatch(FORM, explodes, silent).time(unpruned, same, 1) == timing
@@ -271,6 +271,14 @@ def test_settings_of_old_checkpoints_mean_what_they_meant() -> None:
     assert settings.asked == settings
     assert not settings.aimed
     assert aiming.PLAN == PLAN
+
+
+def test_pruning_in_steps_ends_at_the_ratio_that_was_found() -> None:
+    asked = Plan(TWICE, None, None, steps=3)
+    found = asked.at_ratio(0.6)
+    assert [step.prune.ratio for step in asked.pruning] == [None] * 3
+    assert [step.prune.ratio for step in found.pruning] == pytest.approx([1 - 0.4 ** (1 / 3), 1 - 0.4 ** (2 / 3), 0.6])
+    assert [step.prune.asked for step in found.pruning] == [step.prune for step in asked.pruning]
 
 
 # From recipe to bundle
