@@ -24,10 +24,12 @@ class Stage(NamedTuple):
     Attributes:
         outputs: Tensors in the order of `ModelSpec.outputs`; earlier stages have those of the decoder only.
         maps: (N, K, h, w) float, one map per keypoint, unbounded; None where a network cannot hand them out.
+        clear: (N, 1, h, w) float, logits of nothing being in front, cell by cell; None where nobody says.
     """
 
     outputs: tuple[Tensor, ...]
     maps: Tensor | None
+    clear: Tensor | None = None
 
 
 class SimCCHead(nn.Module):

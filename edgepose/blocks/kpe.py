@@ -116,12 +116,22 @@ class KPEBlock(nn.Module):
         """Put an occlusion-robust block on top: corrected outputs, then visibility and expected errors, (N, K) each.
 
         Raises:
-            SpecError: The head says coordinates outright: nothing there can be corrected by adding to it.
+            SpecError: The head says coordinates outright: nothing there can be corrected by adding to it; or its bins
+                fall between the cells of the map.
         """
         if isinstance(self.head, RegressionHead):
             raise SpecError(
                 "orn", found="a regression head", expected="a simcc or heatmap head", fix="choose one of these"
             )
+        columns = self._around.map_hw[1], self._around.map_hw[0]
+        for shape, cells in zip(self._around.outputs, columns, strict=False):
+            if len(shape) == 1 and shape[0] % cells:
+                raise SpecError(
+                    "orn",
+                    found=f"{shape[0]} bins over {cells} cells",
+                    expected="as many bins in every cell of the map",
+                    fix="choose a split ratio that makes stride times ratio a whole number",
+                )
         self.orn = ORN(config, self._around)
 
     def start(self) -> None:
@@ -137,6 +147,8 @@ class KPEBlock(nn.Module):
         for stage in self._stages():
             stage.start_as_identity(earlier)
             earlier = stage.head
+        if self.orn is not None:
+            self.orn.start_silent()
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Feature maps (N, C, h, w), finest first, to the last stage's outputs."""
@@ -159,7 +171,8 @@ class KPEBlock(nn.Module):
             maps = stage(merged, maps)
             said.append(Stage(stage.head.read(maps), maps))
         if self.orn is not None:
-            said.append(Stage(self.orn((merged, features[-1]), maps, said[-1].outputs), maps))
+            outputs, clear = self.orn.look((merged, features[-1]), maps, said[-1].outputs)
+            said.append(Stage(outputs, maps, clear))
         return said
 
     def _stages(self) -> Iterator[Refinement]:

@@ -6,9 +6,11 @@ parameter whose size follows the input's is in `ORN.places` or in a layer of `OR
 A keypoint that is covered leaves no peak in its map, but its neighbours say where it must be. So every keypoint becomes
 a token: its whole map, the features under its peak, and which keypoint it is. Gated attention (Hua et al., "Transformer
 Quality in Linear Time", ICML 2022; with softmax in several heads) lets tokens look at each other and at the backbone's
-coarsest map, and linear layers turn what comes out into corrections of the head's outputs. All products with
-weights are linear layers, which every backend computes in integers; what stands between them is in modules of its own
-(`Sum`, `Normalise`, `Mix`, `Pool`), which stay float for the reasons in `compress.protected`.
+coarsest map, and linear layers turn what comes out into corrections of the head's outputs. Whether something is in
+front is a question to every place of the picture first, which training can answer for all of them, and to a keypoint
+where it was found. All products with weights are linear layers or convolutions, which every backend computes in
+integers; what stands between them is in modules of its own (`Sum`, `Normalise`, `Mix`, `Pool`, `Look`), which stay
+float for the reasons in `compress.protected`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 from edgepose.blocks.config import ORNConfig
 
+_SHARPNESS = 20.0  # makes a distribution of a heat map whose peak is 1 over hundreds of cells near 0
+_CLEAR_WIDTH = 64
 _HEADS = 4  # of attention, where the width can be divided by eight
 _EXPECTED_PX = 12.0  # of a network that has learnt nothing yet; only where the logarithm starts
 
@@ -89,6 +93,24 @@ class Pool(nn.Module):
         """(N, K, h·w) map values and (N, C, h, w) features to (N, K, C)."""
         weights = flat.detach().float().softmax(-1).to(features.dtype)
         return weights @ features.flatten(2).transpose(1, 2)
+
+
+class Look(nn.Module):
+    """What a map (N, 1, h, w) says where each keypoint is believed to be: the mean over all places it may be at.
+
+    No gradient flows into the places, as in `Pool`.
+    """
+
+    def forward(self, clear: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """SimCC's two outputs (N, K, bins), or heat maps (N, K, h, w), to (N, K)."""
+        field, places = clear[:, 0].float(), [output.detach().float() for output in outputs]
+        if len(places) == 1:
+            cell: Tensor = (places[0] * _SHARPNESS).flatten(2).softmax(-1)
+            return cell @ field.flatten(1)[..., None]
+        cells = field.shape[2], field.shape[1]
+        x, y = (p.softmax(-1).unflatten(2, (n, -1)).sum(-1) for p, n in zip(places, cells, strict=True))
+        seen: Tensor = ((y @ field) * x).sum(-1, keepdim=True)
+        return seen
 
 
 class Hide(nn.Module):
@@ -159,13 +181,17 @@ class ORN(nn.Module):
         self.corrections = nn.ModuleList(nn.Linear(width, _product(shape)) for shape in sizes.outputs)
         self.correction_sums = nn.ModuleList(Sum() for _ in sizes.outputs)
         self.visibility, self.log_error = nn.Linear(width, 1), nn.Linear(width, 1)
+        inner = min(_CLEAR_WIDTH, width)
+        self.clear = nn.Sequential(nn.Conv2d(fine, inner, 1), nn.ReLU(), nn.Conv2d(inner, 1, 1))
+        self.look_up, self.look_sum = Look(), Sum()
         self.start_silent()
 
     @torch.no_grad()
     def start_silent(self) -> None:
         """Begin as the network without the block: no corrections, an even chance, one expected error for all."""
-        for layer in (*self.corrections, self.visibility, self.log_error):
-            assert isinstance(layer, nn.Linear)
+        for layer in (*self.corrections, self.visibility, self.log_error, self.clear[2]):
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))
+            assert layer.bias is not None
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         nn.init.constant_(self.log_error.bias, math.log(_EXPECTED_PX))
@@ -173,8 +199,12 @@ class ORN(nn.Module):
     @torch.no_grad()
     def correct(self, scale: float, shift: float, log_factor: float) -> None:
         """Replace visibility logits z by scale·z + shift, and multiply expected errors by exp(log_factor)."""
-        self.visibility.weight.mul_(scale)
-        self.visibility.bias.mul_(scale).add_(shift)
+        for layer in (self.visibility, self.clear[2]):
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))
+            assert layer.bias is not None
+            layer.weight.mul_(scale)
+            layer.bias.mul_(scale)
+        self.visibility.bias.add_(shift)
         self.log_error.bias.add_(log_factor)
 
     def forward(self, features: tuple[Tensor, Tensor], maps: Tensor, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -188,6 +218,12 @@ class ORN(nn.Module):
         Returns:
             The outputs, corrected; logits (N, K) of the keypoint being seen; ln of the expected error (N, K) in pixels.
         """
+        return self.look(features, maps, outputs)[0]
+
+    def look(
+        self, features: tuple[Tensor, Tensor], maps: Tensor, outputs: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """As `forward`, and (N, 1, h, w) logits of nothing being in front, cell by cell, for training."""
         flat, outputs = self.hide(maps.flatten(2), outputs)
         tokens = self.token_sum(self.evidence(flat), self.local(self.pool(flat, features[0])))
         tokens = self.identity_sum(tokens, self.identity)
@@ -201,7 +237,9 @@ class ORN(nn.Module):
                 self.correction_sums, self.corrections, outputs, self.output_shapes, strict=True
             )
         ]
-        return *corrected, self.visibility(tokens).flatten(1), self.log_error(tokens).flatten(1)
+        clear = self.clear(features[0])
+        seen = self.look_sum(self.visibility(tokens), self.look_up(clear, corrected))
+        return (*corrected, seen.flatten(1), self.log_error(tokens).flatten(1)), clear
 
 
 def _product(shape: Sequence[int]) -> int:

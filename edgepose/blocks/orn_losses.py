@@ -1,4 +1,5 @@
-"""What the occlusion-robust block's own outputs are trained on: which joints can be seen, and how far each one is off.
+"""What the occlusion-robust block's own outputs are trained on: what is covered, which joints can be seen, and how far
+each one is off.
 
 Invariant: joints whose visibility is not known, or that are not labelled, contribute nothing; neither loss moves the
 keypoints, whose error is measured on values cut off from the gradient.
@@ -26,6 +27,19 @@ def visibility_loss(logits: Tensor, visible: Tensor, known: Tensor) -> Tensor:
         known: (N, K) float, 0 where nobody knows.
     """
     losses = F.binary_cross_entropy_with_logits(logits.float(), visible, reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1e-6)
+
+
+def clear_loss(logits: Tensor, covered: Tensor) -> Tensor:
+    """Cross-entropy of what the block says of every place of the picture.
+
+    Args:
+        logits: (N, 1, h, w) float, of nothing being in front.
+        covered: (N, H, W) float, share of each cell that something is in front of; below 0 where nobody knows.
+    """
+    known = F.interpolate((covered >= 0).float()[:, None], logits.shape[2:], mode="area")
+    clear = 1 - F.interpolate(covered.clamp(min=0)[:, None], logits.shape[2:], mode="area")
+    losses = F.binary_cross_entropy_with_logits(logits.float(), clear, reduction="none")
     return (losses * known).sum() / known.sum().clamp(min=1e-6)
 
 

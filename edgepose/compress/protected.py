@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from edgepose.blocks.heads import Centroid
-from edgepose.blocks.orn import Mix, Normalise, Pool, Sum
+from edgepose.blocks.orn import Look, Mix, Normalise, Pool, Sum
 
 
 class Protected(NamedTuple):
@@ -50,6 +50,12 @@ PROTECTED: tuple[Protected, ...] = (
         Pool,
         ("Softmax", "MatMul"),
         "probabilities over hundreds of cells: most are below 1/256, the step of 8 bits, but not their sum",
+    ),
+    Protected(
+        Look,
+        ("Softmax", "ReduceSum", "MatMul", "Mul"),
+        "probabilities over hundreds of bins, most below 1/256, times one map: fewer multiplications than one of the "
+        "network's channels",
     ),
     Protected(
         Centroid,

@@ -62,6 +62,7 @@ class View:
         visible: (K,) float32: 1 where the joint can be seen; 0 where it is covered, labelled hidden, or outside of
             the photograph or the crop.
         known: (K,) float32: 1 where `visible` is known, which is where the joint is labelled.
+        covered: (h, w) uint8: how much of each pixel was painted over, 0..255.
     """
 
     crop: NDArray[np.uint8]
@@ -69,6 +70,7 @@ class View:
     weights: NDArray[np.float32]
     visible: NDArray[np.float32]
     known: NDArray[np.float32]
+    covered: NDArray[np.uint8]
 
 
 class Occluding(TypedDict, total=False):
@@ -132,7 +134,7 @@ def augment(
     side_px = float((patch.box_xyxy[2:] - patch.box_xyxy[:2]).max() * math.hypot(*transform[:, 0]))
     visible[inside] *= ~joints_covered(covered, points[inside], side_px)
     known = (labels > 0).astype(np.float32)
-    return View(crop, points, known * inside, visible, known)
+    return View(crop, points, known * inside, visible, known, covered)
 
 
 def _inside(points: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.bool_]:

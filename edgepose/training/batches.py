@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from edgepose.data.augment import Patch, augment, cut_patch
+from edgepose.data.augment import Patch, View, augment, cut_patch
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import AnnotationError, SpecError, UsageError
 from edgepose.pose.codec import encode_heatmap, encode_regression, encode_simcc
@@ -35,6 +35,8 @@ class Batch:
         keypoints: (N, K, 2) float32, pixels of the crop.
         visible: (N, K) float32, 1 where a joint can be seen, 0 where it is hidden.
         known: (N, K) float32, 1 where `visible` is known.
+        covered: (N, h/8, w/8) float32, the share of each cell that was painted over; -1 in pictures of people with
+            joints labelled hidden, where something else may be in front as well.
     """
 
     crops: Tensor
@@ -43,6 +45,7 @@ class Batch:
     keypoints: Tensor
     visible: Tensor
     known: Tensor
+    covered: Tensor
 
 
 def check_people(data: PoseDataset, spec: ModelSpec) -> None:
@@ -111,12 +114,13 @@ class AugmentedPeople(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         progress = min(1.0, number / (self.config.epochs * self.batches_per_epoch))
+        chosen = list(self._chosen(number))
         views = [
             augment(
                 patch, self.spec.preprocess, self.spec.keypoints, self.config.augment, np.random.default_rng(seed),
                 progress=progress, donors=self.patches,
             )
-            for patch, seed in self._chosen(number)
+            for patch, seed in chosen
         ]  # fmt: skip
         points = np.stack([view.keypoints for view in views])
         return Batch(
@@ -126,6 +130,7 @@ class AugmentedPeople(Dataset[Batch]):
             keypoints=torch.from_numpy(points),
             visible=torch.from_numpy(np.stack([view.visible for view in views])),
             known=torch.from_numpy(np.stack([view.known for view in views])),
+            covered=torch.from_numpy(np.stack([_cells(p, view) for (p, _), view in zip(chosen, views, strict=True)])),
         )
 
     def _chosen(self, number: int) -> Iterator[tuple[Patch, tuple[int, ...]]]:
@@ -163,6 +168,18 @@ class AugmentedPeople(Dataset[Batch]):
             prefetch_factor=4 if workers else None,
         )
         yield from loader
+
+
+_CELL_PX = 8
+
+
+def _cells(patch: Patch, view: View) -> np.ndarray:
+    """(h/8, w/8) float32, what of each cell was painted over; see `Batch.covered`."""
+    hw = view.covered.shape[0] // _CELL_PX, view.covered.shape[1] // _CELL_PX
+    if (patch.keypoints[:, 2] == 1).any():
+        return np.full(hw, -1, np.float32)
+    cells = cv2.resize(view.covered, hw[::-1], interpolation=cv2.INTER_AREA)
+    return np.asarray(cells, np.float32) / 255
 
 
 _EXTRA = 1  # keeps the second set's randomness apart from the first's

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edgepose.blocks.heads import Stage
 from edgepose.blocks.losses import distillation_loss, joint_weights, make_loss
-from edgepose.blocks.orn_losses import distance_px, error_loss, visibility_loss
+from edgepose.blocks.orn_losses import clear_loss, distance_px, error_loss, visibility_loss
 from edgepose.pose.codec import output_names
 from edgepose.spec import ModelSpec
 from edgepose.training.batches import Batch
@@ -76,6 +76,8 @@ class Objective(nn.Module):
             loss = loss + self.config.stage_weight * said
         share = self.config.distill_weight
         if taught is None or share <= 0:
+            if last.clear is not None:
+                loss = loss + self.config.visibility_weight * clear_loss(last.clear, batch.covered)
             return loss + self._told_by_labels(outputs, located, batch, known=0)
         taught_located = [taught[i] for i in self._located]
         loss = (1 - share) * loss + share * distillation_loss(located, taught_located, self.spec.decoder)

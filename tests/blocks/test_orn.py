@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from edgepose.blocks.config import PRESETS, KPEConfig, ORNConfig, spec_of
 from edgepose.blocks.kpe import KPENet, build
-from edgepose.blocks.orn import ORN, Hide, Mix, Normalise, Pool, Sizes
+from edgepose.blocks.orn import ORN, Hide, Look, Mix, Normalise, Pool, Sizes
 from edgepose.compress.macs import count_macs
 from edgepose.errors import SpecError
 from edgepose.spec import Keypoints
@@ -86,12 +86,12 @@ def test_the_block_costs_less_than_a_twentieth_of_the_network() -> None:
 
 
 def test_every_joint_hears_of_every_other_and_of_the_context() -> None:
-    block = ORN(ORNConfig(16, 1), Sizes(5, (8, 6), (4, 4), (2, 2), ((8,),)))
+    block = ORN(ORNConfig(16, 1), Sizes(5, (8, 6), (4, 4), (2, 2), ((8,), (8,))))
     awake(block)
     pictures = 2
     maps = torch.randn(pictures, 5, 4, 4, requires_grad=True)
     coarse = torch.randn(pictures, 6, 2, 2, requires_grad=True)
-    outputs = block((torch.randn(pictures, 8, 4, 4), coarse), maps, (torch.zeros(pictures, 5, 8),))
+    outputs = block((torch.randn(pictures, 8, 4, 4), coarse), maps, (torch.zeros(pictures, 5, 8),) * 2)
     outputs[0][:, 2].sum().backward()
     assert maps.grad is not None
     assert (maps.grad.abs().sum((0, 2, 3)) > 0).all()
@@ -104,6 +104,36 @@ def test_pooling_looks_at_the_peak() -> None:
     flat[0, 0, 5] = flat[0, 1, 12] = 20.0
     features = torch.arange(32.0).reshape(1, 2, 4, 4)
     assert torch.allclose(Pool()(flat, features), torch.tensor([[[5.0, 21.0], [12.0, 28.0]]]))
+
+
+@pytest.mark.parametrize("head", ["simcc", "heatmap"])
+def test_what_is_in_front_is_looked_up_where_the_keypoint_was_found(head: str) -> None:
+    clear = torch.arange(6.0).reshape(1, 1, 2, 3)
+    at_column_2_row_1 = torch.zeros(1, 1, 12), torch.zeros(1, 1, 8)
+    at_column_2_row_1[0][..., 9], at_column_2_row_1[1][..., 5] = 50.0, 50.0
+    heatmap = torch.zeros(1, 1, 2, 3)
+    heatmap[..., 1, 2] = 1.0
+    found = Look()(clear, at_column_2_row_1 if head == "simcc" else (heatmap,))
+    assert found.shape == (1, 1, 1)
+    assert found.item() == pytest.approx(5.0, abs=1e-3)
+    anywhere = tuple(torch.zeros_like(o) for o in at_column_2_row_1) if head == "simcc" else (heatmap * 0,)
+    nowhere = Look()(clear, anywhere)
+    assert nowhere.item() == pytest.approx(2.5)
+
+
+def test_bins_that_fall_between_cells_are_refused() -> None:
+    with pytest.raises(SpecError, match="as many bins in every cell"):
+        build(msgspec.structs.replace(ROBUST, split_ratio=1.3), KEYPOINTS)
+
+
+def test_calibrating_scales_all_that_visibility_is_the_sum_of() -> None:
+    network = build(ROBUST, KEYPOINTS).eval()
+    block = orn_of(network)
+    awake(block)
+    nn.init.normal_(block.clear[2].weight)  # type: ignore[arg-type]
+    before = network(images())[2]
+    block.correct(1.7, -0.4, 0.0)
+    assert torch.allclose(network(images())[2], 1.7 * before - 0.4, atol=1e-4)
 
 
 def test_normalised_vectors_have_unit_root_mean_square() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from edgepose.blocks.orn_losses import distance_px, error_loss, visibility_loss
+from edgepose.blocks.orn_losses import clear_loss, distance_px, error_loss, visibility_loss
 from edgepose.spec import Decoder, Heatmap, Regression, SimCC
 
 
@@ -26,6 +26,14 @@ def test_unknown_visibility_does_not_count() -> None:
     assert logits.grad is not None
     assert logits.grad[0, 1] == 0
     assert visibility_loss(logits, torch.ones(1, 2), torch.zeros(1, 2)).item() == 0
+
+
+def test_places_of_which_nobody_knows_do_not_count_and_grids_may_differ() -> None:
+    covered = torch.tensor([[[1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]], [[-1.0] * 4, [-1.0] * 4]])
+    logits = torch.tensor([[[[-9.0, 9.0]]], [[[9.0, -9.0]]]])  # half as many rows and columns
+    assert clear_loss(logits, covered).item() == pytest.approx(math.log1p(math.exp(-9)), rel=1e-2)
+    assert clear_loss(-logits, covered).item() == pytest.approx(9, abs=1e-3)
+    assert clear_loss(logits[1:], covered[1:]).item() == 0
 
 
 def test_the_best_expected_error_is_the_mean_distance() -> None:

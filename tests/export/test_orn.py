@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from edgepose.blocks.config import KPEConfig, ORNConfig, spec_of
 from edgepose.blocks.kpe import KPENet, build
-from edgepose.blocks.orn import Mix, Normalise, Pool, Sum
+from edgepose.blocks.orn import Look, Mix, Normalise, Pool, Sum
 from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.plan import PruneConfig, apply_pruning
 from edgepose.compress.protected import PROTECTED, protected_parts
@@ -100,7 +100,7 @@ def test_engines_answer_what_fake_quantisation_does(
 def test_all_products_with_weights_are_integer_in_onnx_runtime(unsigned: Robust, tmp_path: Path) -> None:
     report = quantised_onnx(unsigned.float_onnx, unsigned.ranges, tmp_path / "q.onnx", dialect="u8s8")
     share = int8_share(tmp_path / "q.onnx", "onnxruntime")
-    products = 1 + 2 * CONFIG.orn.layers if CONFIG.orn else 0  # pooling; scores and values of each layer
+    products = 2 + 2 * CONFIG.orn.layers if CONFIG.orn else 0  # pooling, looking up; scores and values of each layer
     assert len(report.float_nodes) == products
     assert len(share.float_kernels) == products
     assert all("MatMul" in kernel.operator for kernel in share.float_kernels)
@@ -115,7 +115,7 @@ def test_every_value_has_one_quantiser_whoever_reads_it(unsigned: Robust) -> Non
 def test_the_table_names_kinds_that_are_there_with_reasons(unsigned: Robust) -> None:
     model = network()
     found = {type(model.get_submodule(name)) for name in protected_parts(model)}
-    assert found == {Sum, Normalise, Mix, Pool} <= {entry.module for entry in PROTECTED}
+    assert found == {Sum, Normalise, Mix, Pool, Look} <= {entry.module for entry in PROTECTED}
     assert all(len(entry.reason) > 40 and entry.operators for entry in PROTECTED)
     assert set(unsigned.ranges.protected) == set(protected_parts(model))
     weights = [name for name in protected_parts(model) if list(model.get_submodule(name).parameters())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -206,6 +207,17 @@ def test_occlusion_grows_over_the_run_and_hides_joints(people: PoseDataset) -> N
     last = batches[total - 1]
     assert (last.weights * (1 - last.visible)).sum() > 0  # hidden joints are trained on
     assert equal(batches[total + 5], batches[total + 5])  # views behind the run's end exist: calibration uses them
+
+
+def test_painted_cells_are_told_unless_something_else_may_be_in_front(people: PoseDataset) -> None:
+    config = msgspec.structs.replace(CONFIG, augment=AugmentConfig(cutout=1.0))
+    batch = AugmentedPeople(people, SPEC, config)[0]
+    assert batch.covered.shape == (len(batch.crops), SPEC.preprocess.input_hw[0] // 8, SPEC.preprocess.input_hw[1] // 8)
+    assert batch.covered.min() == 0
+    assert (batch.covered.amax((1, 2)) > 0.3).all()
+    hidden = [np.where([0, 0, 1], 1, person.keypoints).astype(np.float32) for person in people.persons]
+    persons = tuple(replace(p, keypoints=k) for p, k in zip(people.persons, hidden, strict=True))
+    assert (AugmentedPeople(replace(people, persons=persons), SPEC, config)[0].covered == -1).all()
 
 
 def test_coordinates_are_their_own_labels(people: PoseDataset) -> None:

@@ -22,7 +22,7 @@ def loss_for(mood: torch.Tensor, *, teacher_says_mood: bool = True) -> torch.Ten
     shapes = [(COUNT, JOINTS, bins) for bins in BINS]
     targets = tuple(torch.full(shape, 1 / shape[2]) for shape in shapes)
     ones = torch.ones(COUNT, JOINTS)
-    batch = Batch(torch.empty(0), targets, ones, torch.zeros(COUNT, JOINTS, 2), ones, ones)
+    batch = Batch(torch.empty(0), targets, ones, torch.zeros(COUNT, JOINTS, 2), ones, ones, torch.zeros(COUNT, 1, 1))
     taught = [torch.zeros(shape) for shape in shapes] + ([TAUGHT_MOOD] if teacher_says_mood else [])
     objective = Objective(WITH_MOOD, msgspec.structs.replace(CONFIG, distill_weight=0.5))
     loss: torch.Tensor = objective([Stage((*(torch.zeros(shape) for shape in shapes), mood), None)], batch, taught)

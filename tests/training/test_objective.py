@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from edgepose.blocks.config import LossConfig, ORNConfig, spec_of
 from edgepose.blocks.heads import Stage
 from edgepose.blocks.losses import distillation_loss, keypoint_loss
-from edgepose.blocks.orn_losses import distance_px, error_loss, visibility_loss
+from edgepose.blocks.orn_losses import clear_loss, distance_px, error_loss, visibility_loss
 from edgepose.pose.codec import encode_simcc
 from edgepose.spec import SimCC
 from edgepose.training.batches import Batch
@@ -28,7 +30,8 @@ def batch() -> Batch:
     targets = encode_simcc(points.numpy(), (64, 64), SimCC(), 3.0)
     weights, visible, known = ((torch.rand(3, 4, generator=generator) < p).float() for p in (0.8, 0.5, 0.7))
     crops = torch.zeros(3, 64, 64, 3, dtype=torch.uint8)
-    return Batch(crops, tuple(torch.from_numpy(t) for t in targets), weights, points, visible, known)
+    covered = torch.rand(3, 8, 8, generator=generator)
+    return Batch(crops, tuple(torch.from_numpy(t) for t in targets), weights, points, visible, known, covered)
 
 
 def outputs(seed: int, *, robust: bool = True) -> tuple[Tensor, ...]:
@@ -58,6 +61,13 @@ def test_all_terms_with_their_weights() -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_is_said_of_every_place_is_trained_on_what_was_painted_over() -> None:
+    labels, found, clear = batch(), outputs(1), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    with_places, without = (Objective(ROBUST, CONFIG)([Stage(found, None, c)], labels) for c in (clear, None))
+    expected = 0.5 * clear_loss(clear, labels.covered).item()
+    assert (with_places - without).item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_hidden_joints_weigh_what_the_loss_config_says() -> None:
     labels, found = batch(), outputs(1, robust=False)
     config = msgspec.structs.replace(CONFIG, loss=LossConfig(hidden_weight=0.0))
@@ -81,7 +91,7 @@ def test_labels_of_visibility_do_not_count_beside_a_teacher() -> None:
     found, taught = outputs(1), outputs(2)
     config = msgspec.structs.replace(CONFIG, distill_weight=0.5)
     labels = batch()
-    blind = Batch(labels.crops, labels.targets, labels.weights, labels.keypoints, 1 - labels.visible, labels.known)
+    blind = replace(labels, visible=1 - labels.visible)
     objective = Objective(ROBUST, config)
     losses = [objective([Stage(found, None)], each, taught).item() for each in (labels, blind)]
     assert losses[0] == losses[1]
