@@ -105,9 +105,12 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         goals = {"ratio": self.ratio, "speedup": self.speedup, "target_latency_ms": self.target_latency_ms}
         given = [name for name, value in goals.items() if value is not None]
         if not given and not (any(self.ratios.values()) or self.depth or self.pattern):
-            raise ValueError("none of ratio, speedup and target_latency_ms; add one of them, such as 'ratio: 0.5'")
+            fix = "add one of them, such as 'ratio: 0.5', or ratios, depth or pattern"
+            raise ValueError(f"none of ratio, speedup and target_latency_ms; {fix}")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} together; leave one of them, which says how much goes")
+        if self.steps > 1 and not given:
+            raise ValueError(f"{self.steps} steps towards none of ratio, speedup and target_latency_ms")
         if self.schedule is not None and self.steps == 1:
             raise ValueError(f"schedule {self.schedule} for one step")
         if self.sparsity is not None and self.sparse_epochs == 0:

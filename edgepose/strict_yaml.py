@@ -207,8 +207,11 @@ class _Document:
             self._refuse_unknown_choice(value[tag_field], tuple(str(tag) for tag in known), (*path, tag_field))
             self.refuse_unknown(value, known[value[tag_field]], path)
         else:
+            checked: tuple[type[msgspec.inspect.Type], ...] = (msgspec.inspect.CollectionType, msgspec.inspect.DictType)
+            if len([member for member in kind.types if not isinstance(member, msgspec.inspect.NoneType)]) == 1:
+                checked += (msgspec.inspect.LiteralType,)
             for member in kind.types:
-                if isinstance(member, (msgspec.inspect.CollectionType, msgspec.inspect.DictType)):
+                if isinstance(member, checked):
                     self.refuse_unknown(value, member, path)
 
     def explain(self, message: str, err: Exception) -> NoReturn:

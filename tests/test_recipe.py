@@ -75,6 +75,8 @@ def test_recipe_is_read_from_a_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(HEAD + "prune: {ratio: 0.5}\n")
     assert load_recipe(str(path)).prune == Prune(0.5)
+    path.write_text(HEAD + "prune:\n  ratios:\n    backbone.stages.3.*: 0.5\n  depth: 2\n  pattern: 2:4\n")
+    assert load_recipe(str(path)).prune == Prune(ratios={"backbone.stages.3.*": 0.5}, depth=2, pattern="2:4")
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,11 @@ def test_recipe_is_read_from_a_path(tmp_path: Path) -> None:
         ("prune: {ratio: 0.5, importance: tailor}\n", ["prune.importance", "'tailor'", "did you mean 'taylor'?"]),
         ("prune: {ratio: 0.5, distill_weight: 2}\n", ["prune.distill_weight", "<= 1.0"]),
         ("prune: {ratio: 0.5, protected: [1]}\n", ["prune.protected[0]", "text"]),
+        ("prune: {ratios: {backbone.*: 1.0}}\n", ["line 3: prune.ratios", "< 1.0"]),
+        ("prune: {ratios: {backbone.*: 0}}\n", ["none of ratio", "or ratios, depth or pattern"]),
+        ("prune: {depth: -1}\n", ["prune.depth", ">= 0"]),
+        ("prune: {pattern: 1:4}\n", ["prune.pattern", "'1:4'", "'2:4'"]),
+        ("prune: {depth: 1, steps: 2}\n", ["2 steps towards none of ratio, speedup and target_latency_ms"]),
         ("export: {opset: 13}\n", ["export.opset", "found 13", ">= 18"]),
         ("targets: []\n", ["targets", "a list of 0"]),
         ("targets: this-cpu\n", ["targets", "'this-cpu'", "a list"]),

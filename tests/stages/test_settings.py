@@ -82,3 +82,25 @@ def test_settings_of_older_cards_mean_what_they_meant() -> None:
     assert msgspec.convert(recover, TrainConfig) == found.recover
     prune = {"ratio": 0.6, "importance": "taylor", "scope": "global", "round_to": 16, "protected": [], "seed": 7}
     assert msgspec.convert(prune, PruneStage) == found.prune
+
+
+def test_blocks_and_ratios_of_layers_go_in_the_first_step_and_sparsity_comes_in_the_last() -> None:
+    found = plan(ratios={"backbone.*": 0.5}, depth=2, pattern="2:4", steps=3, epochs=3)
+    first, second, last = (step.prune for step in found.pruning)
+    assert (first.depth, first.ratios, first.pattern) == (2, {"backbone.*": 0.5}, None)
+    assert (second.depth, second.ratios, second.pattern) == (0, {"backbone.*": 0.0}, None)  # they keep what they have
+    assert (last.depth, last.ratios, last.pattern) == (0, {"backbone.*": 0.0}, "2:4")
+    (only,) = plan(ratios={"backbone.*": 0.5}, depth=2, pattern="2:4").pruning
+    assert (only.prune.depth, only.prune.ratios, only.prune.pattern) == (2, {"backbone.*": 0.5}, "2:4")
+    assert only.prune.goal == "60% of the multiply-accumulates, 50% of backbone.*, 2 residual blocks, 2:4 sparse"
+    assert plan(ratio=None, depth=2).prune == msgspec.structs.replace(plan(depth=2).prune, ratio=0.0)
+
+
+def test_settings_on_older_cards_ask_for_none_of_it() -> None:
+    settings = plan().prune
+    stored = {
+        name: value
+        for name, value in msgspec.to_builtins(settings).items()
+        if name not in ("ratios", "depth", "pattern", "speedup", "target_latency_ms")
+    }
+    assert msgspec.convert(stored, PruneStage, strict=True) == settings
