@@ -15,6 +15,7 @@ from edgepose.spec import SimCC
 Floats = NDArray[np.float32]
 
 _SUPPORT = 2  # bins on each side of the peak that take part in its sub-bin position
+_VOTE_PX = 1.5  # half the width of a sliding sum; two of them weigh bins by a triangle of twice that on each side
 _MASS = 6  # bins on each side whose probability counts as confidence: about ±3 pixels at split ratio 2
 
 
@@ -30,21 +31,56 @@ def decode_simcc(x: Floats, y: Floats, decoder: SimCC) -> tuple[Floats, Floats]:
         Keypoints (N, K, 2) float32 in pixels of the input crop, and scores (N, K) float32 in 0..1: the geometric mean,
         over the two axes, of the probability around the peak.
     """
-    (px, sx), (py, sy) = _peak_1d(x), _peak_1d(y)
+    reach = max(1, round(_VOTE_PX * decoder.split_ratio))
+    (px, sx), (py, sy) = _peak_1d(x, reach), _peak_1d(y, reach)
     keypoints = np.stack([px, py], axis=-1) / np.float32(decoder.split_ratio)
     return keypoints.astype(np.float32), np.sqrt(sx * sy)
 
 
-def _peak_1d(logits: Floats) -> tuple[Floats, Floats]:
+def _peak_1d(logits: Floats, reach: int) -> tuple[Floats, Floats]:
     """Sub-bin peak position and the probability around it, for (N, K, B) logits.
 
-    The position is that of the parabola through the log-probabilities of the peak and its neighbours at distance
-    `_SUPPORT` (exact for a Gaussian); the wider base makes it robust to the quantisation steps of INT8 logits.
+    The peak is that of the probability within a few pixels, not of a single bin: bins are so narrow that the highest is
+    a matter of noise, while accuracy is asked for within a distance. Beside a border, where there is nothing to sum on
+    one side, the highest bin counts.
     """
     bins = logits.shape[-1]
-    peak = logits.argmax(-1)
     probability = np.exp(logits - logits.max(-1, keepdims=True))
     probability /= probability.sum(-1, keepdims=True)
+    cumulative = _cumulative(probability)
+    summed = _within(_cumulative(_within(cumulative, reach)), reach)
+    voted = summed.argmax(-1)
+    margin = 2 * reach + _SUPPORT
+    free = (voted >= margin) & (voted < bins - margin)
+    peak = np.where(free, voted, logits.argmax(-1))
+    sums = np.log(np.maximum(summed, np.finfo(np.float32).tiny))
+    position = np.where(free, _refined(sums, peak), _refined(logits, peak))
+    high = np.minimum(peak + _MASS + 1, bins)[..., None]
+    low = np.maximum(peak - _MASS, 0)[..., None]
+    mass = np.take_along_axis(cumulative, high, -1) - np.take_along_axis(cumulative, low, -1)
+    return position.astype(np.float32), np.clip(mass[..., 0], 0, 1).astype(np.float32)
+
+
+def _cumulative(values: Floats) -> Floats:
+    """(…, B) to (…, B + 1), from 0 on; float64, so that what lies far away leaves no rounding error behind."""
+    sums = values.cumsum(-1, dtype=np.float64)
+    return np.concatenate([np.zeros_like(sums[..., :1]), sums], -1)
+
+
+def _within(cumulative: Floats, reach: int) -> Floats:
+    """The sum of up to `reach` bins on each side of each of B bins, and of itself."""
+    bins = np.arange(cumulative.shape[-1] - 1)
+    high, low = np.minimum(bins + reach + 1, len(bins)), np.maximum(bins - reach, 0)
+    within: Floats = cumulative[..., high] - cumulative[..., low]
+    return within
+
+
+def _refined(logits: Floats, peak: NDArray[np.integer]) -> Floats:
+    """The peak's sub-bin position: that of the parabola through it and its neighbours at distance `_SUPPORT`.
+
+    Exact for a Gaussian; the wide base makes it robust to the quantisation steps of INT8 logits.
+    """
+    bins = logits.shape[-1]
     centre = np.clip(peak, _SUPPORT, bins - 1 - _SUPPORT)
 
     def at(index: NDArray[np.integer]) -> Floats:
@@ -59,12 +95,8 @@ def _peak_1d(logits: Floats) -> tuple[Floats, Floats]:
     inside = centre == peak
     reach = np.where(inside, _SUPPORT, 0.5)
     position = np.where(inside | usable, np.clip(centre + shift, peak - reach, peak + reach), peak)
-    position = np.clip(position, 0, bins - 1)
-    cumulative = np.concatenate([np.zeros_like(probability[..., :1]), probability.cumsum(-1)], -1)
-    high = np.minimum(peak + _MASS + 1, bins)[..., None]
-    low = np.maximum(peak - _MASS, 0)[..., None]
-    mass = np.take_along_axis(cumulative, high, -1) - np.take_along_axis(cumulative, low, -1)
-    return position.astype(np.float32), np.clip(mass[..., 0], 0, 1).astype(np.float32)
+    refined: Floats = np.clip(position, 0, bins - 1)
+    return refined
 
 
 def encode_simcc(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -135,6 +137,24 @@ def test_mirroring_the_labels_mirrors_the_answer_about_the_pixel_centres(points:
 def _sweep() -> np.ndarray:
     """(1, 200, 2) points over the inside of the crop, at every sub-pixel phase."""
     return np.stack([np.linspace(12, 51, 200), np.linspace(15, 80, 200)], -1)[None].astype(np.float32)
+
+
+def test_a_simcc_peak_is_where_most_of_the_probability_is_nearby_not_the_highest_bin() -> None:
+    probability = np.full((1, 1, 256), 1e-6)
+    probability[..., 40] = 0.12  # one bin, a spike of noise
+    probability[..., 150:161] = 0.08
+    x = np.log(probability).astype(np.float32)
+    (keypoint,), _ = decode({"simcc_x": x, "simcc_y": x}, SimCC())
+    assert keypoint[0] == pytest.approx([155 / 2, 155 / 2], abs=1e-3)
+
+
+@pytest.mark.parametrize("place", [60, 60.5, 2, 255])
+def test_simcc_logits_that_are_sure_of_one_or_two_bins_are_taken_at_their_word(place: float) -> None:
+    x = np.full((1, 1, 256), -60, np.float32)
+    x[..., [math.floor(place), math.ceil(place)]] = 10
+    (keypoint,), (score,) = decode({"simcc_x": x, "simcc_y": x}, SimCC())
+    assert keypoint[0] == pytest.approx([place / 2] * 2, abs=0.1)
+    assert score[0] == pytest.approx(1)
 
 
 def test_simcc_labels_and_answers_mirror_about_the_pixel_centres() -> None:
