@@ -44,10 +44,10 @@ from tests.tiny_network import spot_draft
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENGINES = ["engine-onnxruntime", "engine-openvino"]
 STAGES = {
-    "fp32": ["export", *ENGINES],
-    "ptq-int8": ["reference", "ptq", "export", *ENGINES],
-    "qat-int8": ["reference", "qat", "export", *ENGINES],
-    "prune-qat-int8": ["reference", "prune", "recover", "qat", "export", *ENGINES],
+    "fp32": ["export", *ENGINES, "accuracy"],
+    "ptq-int8": ["reference", "ptq", "export", *ENGINES, "accuracy"],
+    "qat-int8": ["reference", "qat", "export", *ENGINES, "accuracy"],
+    "prune-qat-int8": ["reference", "prune", "recover", "qat", "export", *ENGINES, "accuracy"],
 }
 
 
@@ -128,6 +128,43 @@ def test_reports_say_what_each_stage_did(compiled: Compiled) -> None:
     assert reports["compile"]["recipe"]["name"] == "prune-qat-int8"
 
 
+def test_every_form_of_the_network_is_measured_on_the_same_people(compiled: Compiled) -> None:
+    for name in ("fp32", "ptq-int8"):
+        reports = compiled(name).bundle.manifest.reports
+        figures = reports["accuracy"]["figures"]
+        assert list(figures) == ["torch", "exported", "engines/this-cpu/onnxruntime", "engines/this-cpu/openvino"]
+        assert reports["accuracy"]["people"] == 4
+        if name != "fp32":
+            assert figures["torch"] == reports["ptq"]["dev"]
+        gaps = reports["accuracy"]["gaps"]
+        assert set(gaps) == set(figures) - {"torch"}
+        for form, row in gaps.items():
+            points = 100 * (figures[form]["pck_torso_0.2"] - figures["torch"]["pck_torso_0.2"])
+            assert row["pck_torso_0.2"] == pytest.approx(points)
+
+
+def test_both_kinds_of_activations_are_calibrated_and_compared(compiled: Compiled) -> None:
+    report = compiled("ptq-int8").bundle.manifest.reports["ptq"]
+    sides = report["activations"]
+    assert sides["chosen"] == "asymmetric"
+    assert sides["asymmetric"] == report["dev"]
+    points = 100 * (sides["asymmetric"]["pck_torso_0.2"] - sides["symmetric"]["pck_torso_0.2"])
+    assert sides["symmetric_costs_points"]["pck_torso_0.2"] == pytest.approx(points)
+
+
+def test_protected_layers_do_not_count_against_the_least_share_of_integers(
+    tiny: Tiny, compiled: Compiled, tmp_path: Path
+) -> None:
+    compiled("ptq-int8")
+    recipe = quick("ptq-int8")
+    assert recipe.quantise is not None
+    protected = msgspec.structs.replace(recipe.quantise, protected=("backbone.stem",), min_int8_macs=1.0)
+    request = request_of(tiny, msgspec.structs.replace(recipe, quantise=protected), tmp_path / "fine.bundle")
+    report = compile_bundle(request, Watch()).bundle.manifest.reports["engines/this-cpu/onnxruntime"]
+    assert report["int8_share"] < 1.0 == report["int8"]["asked_share"]
+    assert {layer["layer"].split(".")[0] for layer in report["int8"]["float_layers"]} == {"backbone"}
+
+
 # Reuse
 
 
@@ -166,7 +203,7 @@ def test_another_target_repeats_the_engines_only(tiny: Tiny, compiled: Compiled,
     recipe = msgspec.structs.replace(quick("ptq-int8"), targets=("x86-cpu", "this-cpu"))
     result = compile_bundle(request_of(tiny, recipe, tmp_path / "both.bundle"), watch)
     assert watch.reused[:3] == ["reference", "ptq", "export"]
-    assert watch.ran == [stage for stage in watch.ran if stage.startswith("engine-")]
+    assert watch.ran == [stage for stage in watch.ran if stage.startswith("engine-")] + ["accuracy"]
     reports = result.bundle.manifest.reports
     assert reports["engines/x86-cpu/onnxruntime"]["weight_bits"] == 7
     assert reports["engines/this-cpu/onnxruntime"] == first.bundle.manifest.reports["engines/this-cpu/onnxruntime"]
@@ -184,7 +221,7 @@ def test_the_network_of_a_bundle_is_quantised_without_onnx_runtime_too(
     recipe = msgspec.structs.replace(quick("ptq-int8"), targets=(str(tmp_path / "mine.yaml"),))
     result = compile_bundle(request_of(tiny, recipe, tmp_path / "mine.bundle"), Watch())
     assert result.bundle.manifest.chain["onnx"] == first.bundle.manifest.chain["onnx"]
-    assert all(stage.reused for stage in result.stages)
+    assert [stage.stage for stage in result.stages if not stage.reused] == ["accuracy"]
 
 
 def test_another_setting_repeats_what_comes_after_it(tiny: Tiny, compiled: Compiled, tmp_path: Path) -> None:
@@ -195,7 +232,7 @@ def test_another_setting_repeats_what_comes_after_it(tiny: Tiny, compiled: Compi
     request = request_of(tiny, msgspec.structs.replace(recipe, quantise=fewer), tmp_path / "fewer.bundle")
     result = compile_bundle(request, watch)
     assert watch.reused == ["reference"]
-    assert watch.ran == ["ptq", "export", *ENGINES]
+    assert watch.ran == ["ptq", "export", *ENGINES, "accuracy"]
     assert result.bundle.manifest.reports["ptq"]["calibration_people"] == 8
 
 
@@ -233,7 +270,8 @@ def test_a_checkpoint_that_went_through_the_recipe_is_taken_as_it_is(
     model = copy_checkpoint(compressed(compiled, "prune-qat-int8"), tmp_path / "mine")
     changes = {"model": str(model), "data": tiny.data if with_data else None}
     result = compile_bundle(request_of(tiny, quick("prune-qat-int8"), tmp_path / "out.bundle", **changes), watch)
-    assert watch.reused == ["prune", "recover", "qat", "export", *ENGINES]
+    measured = ["accuracy"] if with_data else []
+    assert watch.reused == ["prune", "recover", "qat", "export", *ENGINES, *measured]
     assert result.bundle.manifest.chain == first.bundle.manifest.chain
     assert result.bundle.manifest.files == first.bundle.manifest.files
 

@@ -11,7 +11,7 @@ that order until the budget holds.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,18 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.lost(figure) <= self.points + 5e-6
 
 
+class Prices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What layers save by being integer.
+
+    Attributes:
+        costs: By module name.
+        unit: Milliseconds or multiply-accumulates, of all of them.
+    """
+
+    costs: dict[str, float]
+    unit: Cost
+
+
 class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One layer given back by itself.
 
@@ -81,16 +93,17 @@ class Restoration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         budget: What had to hold.
-        unit: Of costs: milliseconds saved in ONNX Runtime on this machine, or multiply-accumulates.
         lost: Points lost with all layers integer.
+        unit: Of costs: milliseconds saved in ONNX Runtime on this machine, or multiply-accumulates; None where the
+            budget held from the start, so that nothing was priced.
         trials: Layers tried by themselves, the best rate first; none where the budget held from the start.
         path: Layers given back, in order.
         met: Whether the budget holds in the end.
     """
 
     budget: Budget
-    unit: Cost
     lost: float
+    unit: Cost | None = None
     trials: tuple[Trial, ...] = ()
     path: tuple[Step, ...] = ()
     met: bool = True
@@ -131,25 +144,26 @@ def with_float(wrapped: nn.Module, layers: Sequence[str], example: Tensor) -> nn
 
 
 def find_restoration(
-    costs: Mapping[str, float], measure: Measure, budget: Budget, *, unit: Cost, store: Path | None = None
+    priced: Callable[[], Prices], measure: Measure, budget: Budget, *, store: Path | None = None
 ) -> Restoration:
     """Search the layers to give back.
 
     Args:
-        costs: What each candidate's integer kernel saves, by module name.
+        priced: Gives the candidates and their prices; asked only where the budget does not hold from the start.
         measure: The figure, 0..1, with these layers in floating point and all others as they are.
         budget: What has to hold.
-        unit: Of `costs`.
         store: File that keeps measurements between runs; one of another search is begun anew. The caller removes it.
 
     Raises:
         StorageError: The store cannot be written (disk full, read-only, no permission).
         UsageError: Its place is taken by something else.
     """
-    measured = _Store(measure, store, tuple(costs), budget)
-    before = measured(())
+    before = measure(())
     if budget.holds(before):
-        return Restoration(budget, unit, budget.lost(before))
+        return Restoration(budget, budget.lost(before))
+    prices = priced()
+    costs = prices.costs
+    measured = _Store(measure, store, _identity(costs, budget, before), {_key(()): before})
     # A layer that integers do not speed up costs nothing to give back; a thousandth of the dearest keeps ranks finite.
     least = max(max(costs.values(), default=0.0) / 1000, 1e-9)
     trials = []
@@ -166,29 +180,32 @@ def find_restoration(
         met = budget.holds(figure)
         if met:
             break
-    return Restoration(budget, unit, budget.lost(before), tuple(trials), tuple(path), met)
+    return Restoration(budget, budget.lost(before), prices.unit, tuple(trials), tuple(path), met)
 
 
 class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    identity: tuple[tuple[str, ...], float, float]
+    identity: str
     figures: dict[str, float]
+
+
+def _identity(layers: Iterable[str], budget: Budget, before: float) -> str:
+    """What tells one search from another: the figure of the untouched network tells networks and people apart."""
+    return f"{' '.join(layers)} {budget.reference!r} {before!r}"
 
 
 class _Store:
     """Measures each set of layers once, also over several runs."""
 
-    def __init__(self, measure: Measure, path: Path | None, layers: tuple[str, ...], budget: Budget) -> None:
-        self._measure, self._path = measure, path
-        before = measure(())  # tells networks apart
-        self._identity = (layers, budget.reference, before)
-        self._figures = {_key(()): before}
-        if path is not None:
-            try:
-                found = msgspec.json.decode(path.read_bytes(), type=_Stored)
-            except (OSError, msgspec.DecodeError):
-                return
-            if found.identity == self._identity:
-                self._figures = found.figures
+    def __init__(self, measure: Measure, path: Path | None, identity: str, figures: dict[str, float]) -> None:
+        self._measure, self._path, self._identity, self._figures = measure, path, identity, figures
+        if path is None:
+            return
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=_Stored)
+        except (OSError, msgspec.DecodeError):
+            return
+        if found.identity == identity:
+            self._figures = found.figures
 
     def __call__(self, layers: tuple[str, ...]) -> float:
         key = _key(layers)

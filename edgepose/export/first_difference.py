@@ -65,14 +65,19 @@ class Difference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def quantised_places(float_onnx: Path, quantised_onnx: Path, ranges: Ranges) -> tuple[Place, ...]:
-    """The quantised activations of a network, in order of execution.
+    """The quantised activations of a network, in order of execution; without those that only a respelt node reads.
 
     Raises:
         OnnxError: The float file has no marks.
     """
     plain, written = ir.load(float_onnx), ir.load(quantised_onnx)
     graph, modules = tuple(plain.graph), modules_of(plain.metadata_props)
-    order = {value.name: number for number, node in enumerate(written.graph) for value in node.outputs}
+    order = {
+        value.name: number
+        for number, node in enumerate(written.graph)
+        if node.op_type == "DequantizeLinear"
+        for value in node.outputs
+    }
     by_key, found = ranges.by_key, []
     for mark in marks_of(plain, where=str(float_onnx)):
         if mark.kind == "weight":

@@ -11,7 +11,7 @@ only for ranges with zero point 0: TensorRT takes nothing else, and silently mis
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from edgepose.compress.ranges import Range, Ranges, check_ranges
 from edgepose.errors import OnnxError, UsageError
 from edgepose.export.marks import FLOATS_KEY, HEAVY, METADATA_KEY, FloatNode, Mark, marks_of, modules_of
+from edgepose.export.qdq_spelling import constant, respell
 from edgepose.spec import Backend
 from edgepose.storage import atomic_file
 
@@ -36,8 +37,6 @@ _MOVERS = frozenset({
     "Identity", "Expand", "DepthToSpace", "SpaceToDepth",
 })  # fmt: skip
 _WITH_BIAS = frozenset({"Conv", "Gemm"})
-_REQUANTISED = frozenset({"Conv", "ConvTranspose", "Gemm"})
-_CHANNEL_AXIS = 1
 
 
 class QdqReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -199,8 +198,7 @@ class _Writer:
         for value in self.weights:
             self._drop_if_unused(value)
         if self.dialect == "u8s8":
-            for node in list(self.graph):
-                self._keep_float(node)
+            respell(self.graph)
         self.graph.sort()
 
     def report(self) -> QdqReport:
@@ -266,7 +264,9 @@ class _Writer:
         dequantised = self._pair(source, entry, name)
         dequantise = dequantised.producer()
         assert dequantise is not None
-        bounds = [self._constant(f"{name}_{end}", np.uint8(code)) for end, code in (("least", low), ("most", high))]
+        bounds = [
+            constant(self.graph, f"{name}_{end}", np.uint8(code)) for end, code in (("least", low), ("most", high))
+        ]
         clip = ir.node("Clip", [dequantise.inputs[0], *bounds], name=f"{name}_rectify")
         clip.outputs[0].name = f"{name}_rectified_codes"
         self.graph.append(clip)
@@ -277,8 +277,8 @@ class _Writer:
     def _pair(self, value: ir.Value, entry: Range, name: str) -> ir.Value:
         """Q → DQ behind a value; returns the dequantised value."""
         dtype = np.int8 if entry.signed else np.uint8
-        scale = self._constant(f"{name}_scale", np.float32(entry.scale[0]))
-        zero = self._constant(f"{name}_zero_point", np.asarray(entry.zero_point[0], dtype))
+        scale = constant(self.graph, f"{name}_scale", np.float32(entry.scale[0]))
+        zero = constant(self.graph, f"{name}_zero_point", np.asarray(entry.zero_point[0], dtype))
         quantise = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}_quantise")
         quantise.outputs[0].name = f"{name}_codes"
         dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], scale, zero], name=f"{name}_dequantise")
@@ -309,37 +309,6 @@ class _Writer:
             if permutation is not None:
                 self.graph.remove(node, safe=True)
 
-    def _keep_float(self, node: ir.Node) -> None:
-        """Dequantises what a float layer reads with a scale per channel, all of them equal.
-
-        ONNX Runtime quantises float weights by itself, with one scale for all channels, wherever they stand between
-        codes of one scale (its WeightBiasQuantization): protecting a layer would make it worse. The numbers stay equal.
-        """
-        if node.op_type not in _REQUANTISED or len(node.inputs) < 2:
-            return
-        value, weight = node.inputs[0], node.inputs[1]
-        producer = None if value is None else value.producer()
-        if weight is None or weight.const_value is None or producer is None or value is None:
-            return
-        if producer.op_type != "DequantizeLinear":
-            return
-        channels = _channels_read(node, weight.const_value.shape.numpy())
-        scale, zero = (producer.inputs[index].const_value.numpy() for index in (1, 2))  # type: ignore[union-attr]
-        name = f"{value.name}_for_{node.name}"
-        vectors = [
-            self._constant(f"{name}_scales", np.full(channels, scale, np.float32)),
-            self._constant(f"{name}_zero_points", np.full(channels, zero, zero.dtype)),
-        ]
-        own = ir.node(
-            "DequantizeLinear", [producer.inputs[0], *vectors], attributes={"axis": _CHANNEL_AXIS}, name=f"{name}_read"
-        )
-        own.outputs[0].name, own.outputs[0].shape = f"{name}_channels", value.shape
-        own.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        self.graph.append(own)
-        node.replace_input_with(0, own.outputs[0])
-        if not value.uses() and not any(output is value for output in self.graph.outputs):
-            self.graph.remove(producer, safe=True)
-
     def _stored(
         self, weight: _Weight, scales: NDArray[np.float32], permutation: list[int] | None, consumer: ir.Node
     ) -> ir.Value:
@@ -357,9 +326,9 @@ class _Writer:
     def _dequantised(self, name: str, codes: NDArray[Any], scales: NDArray[np.float32], axis: int) -> ir.Value:
         """DQ behind constant codes; their zero point is 0."""
         inputs = [
-            self._constant(f"{name}_codes", codes),
-            self._constant(f"{name}_scale", scales),
-            self._constant(f"{name}_zero_point", np.zeros(scales.shape, codes.dtype)),
+            constant(self.graph, f"{name}_codes", codes),
+            constant(self.graph, f"{name}_scale", scales),
+            constant(self.graph, f"{name}_zero_point", np.zeros(scales.shape, codes.dtype)),
         ]
         node = ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{name}_dequantise")
         result = node.outputs[0]
@@ -406,14 +375,6 @@ class _Writer:
         entry = self.edges.get((node, 0)) or (self.tensors.get(value) if value is not None else None)
         return None if entry is None else np.float32(entry.scale[0])
 
-    def _constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
-        tensor = ir.tensor(np.asarray(array), name=name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(np.shape(array)), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self.graph.register_initializer(value)
-        return value
-
 
 def _moves(node: ir.Node, inputs: int, entry: Range) -> bool:
     """Whether a node's outputs have the codes of its inputs."""
@@ -425,15 +386,6 @@ def _moves(node: ir.Node, inputs: int, entry: Range) -> bool:
         mode = node.attributes.get("mode")
         return mode is None or mode.as_string() == "nearest"
     return node.op_type == "Relu" and entry.zero_point[0] == entry.low
-
-
-def _channels_read(node: ir.Node, weight_shape: Sequence[int]) -> int:
-    """Channels of a node's input, from its weight's shape."""
-    if node.op_type == "Conv":
-        return weight_shape[1] * (node.attributes["group"].as_int() if "group" in node.attributes else 1)
-    if node.op_type == "Gemm":
-        return weight_shape[1 if "transB" in node.attributes and node.attributes["transB"].as_int() else 0]
-    return weight_shape[0]  # ConvTranspose
 
 
 def _is_inside(module: str, parts: Iterable[str]) -> bool:

@@ -20,7 +20,7 @@ from edgepose.compress.macs import count_macs
 from edgepose.compress.quantise import convert
 from edgepose.compress.restore import (
     Budget,
-    Cost,
+    Prices,
     Restoration,
     find_restoration,
     quantised_layers,
@@ -72,8 +72,7 @@ def restored(wrapped: nn.Module, demand: MaxDrop, judge: Judge) -> tuple[nn.Modu
         network = with_float(wrapped, layers, example) if layers else wrapped
         return _figure(judge.figures(network), demand.metric)
 
-    costs, unit = saved_by_layer(wrapped, judge.spec)
-    found = find_restoration(costs, measure, budget, unit=unit, store=judge.store)
+    found = find_restoration(lambda: prices_of(wrapped, judge.spec), measure, budget, store=judge.store)
     if judge.store is not None:
         judge.store.unlink(missing_ok=True)
     report = {"metric": demand.metric, **msgspec.to_builtins(found)}
@@ -82,8 +81,8 @@ def restored(wrapped: nn.Module, demand: MaxDrop, judge: Judge) -> tuple[nn.Modu
     return (with_float(wrapped, found.layers, example) if found.path else wrapped), report
 
 
-def saved_by_layer(wrapped: nn.Module, spec: ModelSpec) -> tuple[dict[str, float], Cost]:
-    """What each quantised layer saves by being integer, by module name, and in which unit.
+def prices_of(wrapped: nn.Module, spec: ModelSpec) -> Prices:
+    """What each quantised layer saves by being integer.
 
     Milliseconds, from ONNX Runtime's own profile of the float and the quantised network on this machine; where the
     network cannot be exported and timed, or a layer is not found in both profiles, multiply-accumulates for all.
@@ -95,9 +94,9 @@ def saved_by_layer(wrapped: nn.Module, spec: ModelSpec) -> tuple[dict[str, float
     except (EdgeposeError, ImportError):
         saved = {}
     if all(layer in saved for layer in layers):
-        return {layer: saved[layer] for layer in layers}, "ms"
+        return Prices({layer: saved[layer] for layer in layers}, "ms")
     macs = count_macs(convert(wrapped)[0], example)
-    return {layer: float(macs.within(layer)) for layer in layers}, "macs"
+    return Prices({layer: float(macs.within(layer)) for layer in layers}, "macs")
 
 
 def _saved_ms(wrapped: nn.Module, spec: ModelSpec) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import nn
 from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.hooks import hooks_of
 from edgepose.compress.quantise import QuantiseConfig, convert, placement_of, prepare, restore, tensors_of
-from edgepose.compress.restore import Budget, find_restoration, quantised_layers, with_float
+from edgepose.compress.restore import Budget, Prices, find_restoration, quantised_layers, with_float
 from edgepose.errors import UsageError
 from edgepose.export.engine import int8_share
 from edgepose.export.int8_reasons import achieved, read_asked
@@ -122,22 +122,31 @@ class Losses:
 COSTS = {"cheap": 0.1, "dear": 4.0, "harmless": 1.0}
 
 
+def priced() -> Prices:
+    return Prices(COSTS, "ms")
+
+
 def test_layers_go_back_by_gain_per_millisecond_until_the_budget_holds() -> None:
     losses = Losses(cheap=0.5, dear=1.0, harmless=0.0)
-    found = find_restoration(COSTS, losses, Budget(0.5, 1.0), unit="ms")
+    found = find_restoration(priced, losses, Budget(0.5, 1.0))
     assert found.lost == pytest.approx(1.5)
     assert [trial.layer for trial in found.trials] == ["cheap", "dear", "harmless"]
     assert [trial.rate for trial in found.trials] == pytest.approx([5.0, 0.25, 0.0])
     assert found.layers == ("cheap",)  # though "dear" loses more
     assert found.path[0].lost == pytest.approx(1.0)
+    assert found.unit == "ms"
     assert found.met
     assert losses.measured == [(), ("cheap",), ("dear",), ("harmless",)]  # nothing is measured twice
 
 
 def test_nothing_is_tried_where_the_budget_holds_from_the_start() -> None:
     losses = Losses(cheap=0.5)
-    found = find_restoration(COSTS, losses, Budget(0.5, 0.5), unit="ms")
-    assert (found.trials, found.path, found.met) == ((), (), True)
+
+    def refuses() -> Prices:
+        raise AssertionError("prices are not needed")
+
+    found = find_restoration(refuses, losses, Budget(0.5, 0.5))
+    assert (found.trials, found.path, found.met, found.unit) == ((), (), True, None)
     assert losses.measured == [()]
 
 
@@ -146,7 +155,7 @@ def test_a_budget_that_cannot_be_met_ends_with_all_layers_given_back() -> None:
         def __call__(self, layers: tuple[str, ...]) -> float:
             return super().__call__(layers) - 0.02
 
-    found = find_restoration(COSTS, Stubborn(cheap=0.5, dear=1.0), Budget(0.5, 1.0), unit="macs")
+    found = find_restoration(priced, Stubborn(cheap=0.5, dear=1.0), Budget(0.5, 1.0))
     assert not found.met
     assert set(found.layers) == set(COSTS)
     assert found.path[-1].lost == pytest.approx(2.0)
@@ -156,7 +165,7 @@ def test_layers_that_integers_slow_down_come_first_and_harm_comes_last() -> None
     costs = {"slower": -0.2, "faster": 5.0, "helps": 3.0, "helps less": 1.0}
     losses = Losses(slower=0.1, faster=0.4, helps=-0.5)
     losses.points["helps less"] = -0.1
-    found = find_restoration(costs, losses, Budget(0.6, 0.0), unit="ms")
+    found = find_restoration(lambda: Prices(costs, "ms"), losses, Budget(0.6, 0.0))
     assert [trial.layer for trial in found.trials] == ["slower", "faster", "helps less", "helps"]
 
 
@@ -172,19 +181,19 @@ def test_an_interrupted_search_goes_on_with_what_was_measured(tmp_path: Path) ->
 
     points = {"cheap": 0.5, "dear": 1.0, "harmless": 0.0}
     with pytest.raises(KeyboardInterrupt):
-        find_restoration(COSTS, Interrupted(**points), Budget(0.5, 1.0), unit="ms", store=store)
+        find_restoration(priced, Interrupted(**points), Budget(0.5, 1.0), store=store)
     rest = Losses(**points)
-    found = find_restoration(COSTS, rest, Budget(0.5, 1.0), unit="ms", store=store)
+    found = find_restoration(priced, rest, Budget(0.5, 1.0), store=store)
     assert found.layers == ("cheap",)
     assert rest.measured == [(), ("harmless",)]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"identity": [["cheap"], 0.5, 0.1], "figures": {}}'])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"identity": "cheap 0.5 0.1", "figures": {"cheap": 0.9}}'])
 def test_a_store_of_another_search_or_a_broken_one_is_begun_anew(content: bytes, tmp_path: Path) -> None:
     store = tmp_path / "search.json"
     store.write_bytes(content)
     losses = Losses(cheap=0.5, dear=1.0)
-    found = find_restoration(COSTS, losses, Budget(0.5, 1.0), unit="ms", store=store)
+    found = find_restoration(priced, losses, Budget(0.5, 1.0), store=store)
     assert found.layers == ("cheap",)
     assert len(losses.measured) == 4
 
@@ -192,4 +201,4 @@ def test_a_store_of_another_search_or_a_broken_one_is_begun_anew(content: bytes,
 def test_a_store_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match="a file where a directory is needed"):
-        find_restoration(COSTS, Losses(cheap=5.0), Budget(0.5, 1.0), unit="ms", store=tmp_path / "file" / "search.json")
+        find_restoration(priced, Losses(cheap=5.0), Budget(0.5, 1.0), store=tmp_path / "file" / "search.json")

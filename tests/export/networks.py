@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from edgepose.blocks.orn import Mix, Normalise, Sum
 from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.quantise import QuantiseConfig, convert, prepare
 from edgepose.compress.ranges import Ranges
@@ -88,9 +89,47 @@ class Pyramid(nn.Module):
         return self.fine(x) + F.interpolate(self.coarse(F.relu(self.down(x))), scale_factor=2.0, mode="nearest")
 
 
+class Smooth(nn.Module):
+    """Resizing that computes new values, unlike the nearest neighbours of the pyramid."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.down, self.after = conv_bn(c, c, 3, 2), conv_bn(c, c, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        resized = F.interpolate(F.relu(self.down(x)), scale_factor=2.0, mode="bilinear", align_corners=False)
+        return F.relu(self.after(resized))
+
+
+class Separable(nn.Module):
+    """A depthwise convolution that reads what a pool and a shortcut read, too."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.depth, self.point = conv_bn(c, c, 5, groups=c), conv_bn(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.point(F.relu(self.depth(x))) + F.max_pool2d(x, 3, 1, 1))
+
+
+class Attention(nn.Module):
+    """Every place of the map looks at every other, through the parts that the occlusion-robust block is made of."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm, self.mix, self.sum = Normalise(), Mix(2), Sum()
+        self.query, self.key, self.value, self.gate, self.out = (nn.Linear(c, c) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        seen = self.norm(tokens)
+        mixed = self.mix(self.query(seen), self.key(seen), F.relu(self.value(seen)), F.relu(self.gate(seen)))
+        return self.sum(tokens, self.out(mixed)).transpose(1, 2).reshape(x.shape)
+
+
 BLOCKS: dict[str, type[nn.Module]] = {
     "residual": Residual, "inverted": InvertedResidual, "concat": Concat, "pools": Pools, "gate": Gate,
-    "pyramid": Pyramid,
+    "pyramid": Pyramid, "smooth": Smooth, "separable": Separable, "attention": Attention,
 }  # fmt: skip
 
 

@@ -1,0 +1,145 @@
+"""One network in all its forms, measured on the same people; a form that is another network is found out."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+from edgepose.blocks.card import Card, Lineage
+from edgepose.blocks.checkpoint import save_checkpoint
+from edgepose.data.coco import PoseDataset
+from edgepose.errors import ParityError
+from edgepose.export.openvino import openvino_from_onnx
+from edgepose.stages.cache import StageResult
+from edgepose.stages.compress import NETWORK, StageData, quantise
+from edgepose.stages.export import FLOAT_ONNX, MODEL, export
+from edgepose.stages.settings import QuantiseStage
+from edgepose.stages.side_by_side import Form, allowed_points, form_of, side_by_side
+from edgepose.stages.source import Source
+from edgepose.training.loop import RunOptions, fit
+from tests.training.dots import CONFIG, KEYPOINTS, SPEC, dots, network
+from tests.training.dots import NETWORK as SMALL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Made:
+    """A trained network, float and quantised, exported; as a checkpoint, its export and its people."""
+
+    def __init__(self, folder: Path) -> None:
+        data = StageData(dots(folder, "train", 32, seed=1), dots(folder, "dev", 16, seed=2))
+        model = network()
+        config = msgspec.structs.replace(CONFIG, epochs=8, learning_rate=0.01)
+        fit(model, SPEC, (data.train, data.dev), config, options=RunOptions(workers=0))
+        card = Card("dots", SMALL, KEYPOINTS, "", lineage=(Lineage("train", {}, data.digests, {}),))
+        save_checkpoint(folder / "net", card, model.state_dict())
+        quantise(folder / "net", data, QuantiseStage(20, False, (), 0), (folder, RunOptions(workers=0)))
+        self.float, self.quantised = Source(folder / "net"), Source(folder / NETWORK)
+        self.float_export, self.export = folder / "float", folder / "export"
+        for source, target in ((self.float, self.float_export), (self.quantised, self.export)):
+            target.mkdir()
+            export(source, 18, target)
+        self.dev: PoseDataset = data.dev
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    import torch
+
+    torch.set_num_threads(1)
+    return Made(tmp_path_factory.mktemp("made"))
+
+
+def engines(onnx_file: Path, folder: Path) -> list[Form]:
+    xml, _ = openvino_from_onnx(onnx_file, folder)
+    precision = "int8" if onnx_file.name == MODEL else "fp32"
+    return [
+        Form("engines/cpu/onnxruntime", onnx_file, "onnxruntime", precision, same=True),  # type: ignore[arg-type]
+        Form("engines/cpu/openvino", xml, "openvino", precision, same=True),  # type: ignore[arg-type]
+    ]
+
+
+def spoilt(onnx_file: Path, layer: str, out: Path) -> Path:
+    """A copy in which one layer's weights have the wrong sign."""
+    model = onnx.load(onnx_file)
+    names = (f"{layer}.weight", f"{layer}.weight_codes")
+    (weight,) = [value for value in model.graph.initializer if value.name in names]
+    weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(model, out)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["float", "quantised"])
+def test_all_forms_of_a_network_are_as_accurate(kind: str, made: Made, tmp_path: Path) -> None:
+    source, exported = (made.float, made.float_export) if kind == "float" else (made.quantised, made.export)
+    file = exported / (FLOAT_ONNX if kind == "float" else MODEL)
+    report = side_by_side(source, made.dev, exported, engines(file, tmp_path))
+    names = ["torch", "exported", "engines/cpu/onnxruntime", "engines/cpu/openvino"]
+    assert list(report["figures"]) == names
+    assert report["people"] == 16
+    assert report["figures"]["torch"]["pck_torso_0.2"] > 0.4
+    for name in names[1:]:
+        assert abs(report["gaps"][name]["pck_torso_0.2"]) <= allowed_points(16, 4)
+        if kind == "float":
+            assert report["figures"][name] == pytest.approx(report["figures"]["torch"], abs=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("layer", ["backbone.stem.2.0", "block.head.maps"])
+def test_an_engine_that_is_another_network_is_refused_with_the_layer_at_fault(
+    layer: str, backend: str, made: Made, tmp_path: Path
+) -> None:
+    wrong = engines(spoilt(made.export / MODEL, layer, tmp_path / MODEL), tmp_path)
+    (form,) = [form for form in wrong if form.backend == backend]
+    with pytest.raises(ParityError) as caught:
+        side_by_side(made.quantised, made.dev, made.export, [form])
+    text = str(caught.value)
+    assert caught.value.exit_code == 5
+    assert f"accuracy on dev: engines/cpu/{backend}: found pck_torso_0.2" in text
+    assert f"the first layer that differs is {layer} (" in text
+
+
+def test_a_float_engine_at_fault_is_named_too(made: Made, tmp_path: Path) -> None:
+    wrong = spoilt(made.float_export / FLOAT_ONNX, "block.neck.smooth.0", tmp_path / "f.onnx")
+    form = Form("engine", wrong, "onnxruntime", "fp32", same=True)
+    with pytest.raises(ParityError, match=r"first layer that differs is block\.neck\.smooth\.0 "):
+        side_by_side(made.float, made.dev, made.float_export, [form])
+
+
+def test_an_export_that_is_another_network_is_refused_with_the_layer_at_fault(made: Made, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made.export, tmp_path / "export"))
+    spoilt(made.export / MODEL, "block.neck.smooth.0", folder / MODEL)
+    with pytest.raises(ParityError, match=r"accuracy on dev: exported.*is block\.neck\.smooth\.0 "):
+        side_by_side(made.quantised, made.dev, folder, [])
+
+
+def test_an_engine_that_is_meant_to_be_another_network_is_only_reported(made: Made, tmp_path: Path) -> None:
+    file = spoilt(made.export / MODEL, "block.head.maps", tmp_path / "narrow.onnx")
+    form = Form("narrow", file, "onnxruntime", "int8", same=False)
+    report = side_by_side(made.quantised, made.dev, made.export, [form])
+    assert report["gaps"]["narrow"]["pck_torso_0.2"] < -allowed_points(16, 4)
+    with pytest.raises(ParityError):
+        side_by_side(made.quantised, made.dev, made.export, [replace(form, same=True)])
+
+
+def test_which_engines_are_meant_to_be_the_same() -> None:
+    def form(**report: object) -> Form:
+        known = {"main": "model.onnx", "backend": "onnxruntime", "precision": "int8"}
+        return form_of("engine", StageResult("engine", "", "/cache/x", {**known, **report}, 0.0))
+
+    assert form(weight_bits=8).same
+    assert form().path == Path("/cache/x/model.onnx")
+    assert not form(weight_bits=7).same
+    assert not form(precision="fp32", from_floats={}).same
+
+
+def test_the_limit_is_a_third_of_a_point_but_never_fewer_joints_than_chance_moves() -> None:
+    assert allowed_points(1000, 14) == 0.3
+    assert allowed_points(16, 4) == pytest.approx(100 * 10 / 64)
+    assert np.isfinite(allowed_points(0, 0))
