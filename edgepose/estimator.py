@@ -17,11 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgepose.bundle import Bundle, check_engine, read_bundle
 from edgepose.errors import AnnotationError, BackendUnavailable, ImageError, MissingDependency, SpecError, UsageError
-from edgepose.pose.codec import decode, named_output, output_names
+from edgepose.pose.codec import decode, named_output, output_names, people_candidates
 from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order
+from edgepose.pose.one_stage import owners, people_of
 from edgepose.pose.preprocess import crop_transforms, normalise, to_source, warp
 from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
-from edgepose.spec import Backend, Engine, ModelSpec, Poses, Precision, Regression
+from edgepose.spec import Backend, Engine, ModelSpec, OneStage, Poses, Precision, Regression
 
 MAX_BATCH = 64
 """People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
@@ -71,6 +72,9 @@ class PoseEstimator:
     def __init__(self, session: Session, spec: ModelSpec, *, backend: str = "", flip_test: bool = False) -> None:
         self._batch = _check_session(session, spec)
         if flip_test:
+            if isinstance(spec.decoder, OneStage):
+                fix = "leave the flip test off"
+                raise SpecError("flip test", found="a one-stage network", expected="one that is shown persons", fix=fix)
             mirror_order(spec.keypoints)
         self._session = session
         self._spec = spec
@@ -140,6 +144,8 @@ class PoseEstimator:
         Args:
             frame: (H, W, 3) uint8 BGR.
             boxes: (N, 4) xyxy, pixels of the frame, x right, y down; None takes the whole frame as one person.
+                A one-stage network is shown the whole frame and finds its people itself: None takes them all, and each
+                box gets the pose whose own box overlaps it most, NaN with scores of 0 where none does.
 
         Returns:
             Poses in pixels of the frame, in the order of `boxes`; none for no boxes. Its arrays are read-only.
@@ -151,6 +157,9 @@ class PoseEstimator:
         _check_frame(frame)
         frame = np.ascontiguousarray(frame)  # else OpenCV would copy a view once per box
         height, width = frame.shape[:2]
+        if isinstance(self._spec.decoder, OneStage):
+            wanted = None if boxes is None else _check_boxes(boxes, height, width)
+            return self._whole_frame(frame, wanted, self._spec.decoder)
         checked = np.array([[0.0, 0.0, width, height]]) if boxes is None else _check_boxes(boxes, height, width)
         shape = len(checked), self._spec.keypoints.count
         found = _Found(
@@ -164,17 +173,39 @@ class PoseEstimator:
             for whole, piece in zip(found, self._infer(frame, checked[part]), strict=True):
                 if whole is not None:
                     whole[part] = piece
-        cropped = checked.astype(np.float32)
-        for array in (*found, cropped):
+        return self._poses(found, checked)
+
+    def _poses(self, found: _Found, boxes: NDArray[Any]) -> Poses:
+        taken = boxes.astype(np.float32)
+        for array in (*found, taken):
             if array is not None:
                 array.setflags(write=False)
-        return Poses(found.keypoints, found.scores, cropped, self._info.backend, found.visibility, found.errors_px)
+        return Poses(found.keypoints, found.scores, taken, self._info.backend, found.visibility, found.errors_px)
 
-    def _infer(self, frame: NDArray[np.uint8], boxes: NDArray[np.float64]) -> _Found:
-        """What the network says of at most one batch of boxes."""
+    def _whole_frame(self, frame: NDArray[np.uint8], wanted: NDArray[np.float64] | None, decoder: OneStage) -> Poses:
+        """The people that a one-stage network finds, or those of them that are in the boxes asked for."""
+        height, width = frame.shape[:2]
+        transforms = crop_transforms(np.array([[0.0, 0.0, width, height]]), self._spec.preprocess)
+        said = people_candidates(self._outputs(frame, transforms), decoder)
+        if said.keypoints.shape[2] != self._spec.keypoints.count:
+            found = f"{said.keypoints.shape[2]} keypoints"
+            raise SpecError("network", found=found, expected=f"{self._spec.keypoints.count}")
+        people = people_of(said, 0, decoder)
+        keypoints = to_source(people.keypoints.reshape(1, -1, 2), transforms).reshape(people.keypoints.shape)
+        corners = to_source(people.boxes.reshape(1, -1, 2), transforms).reshape(-1, 4)
+        boxes = np.clip(corners, 0, np.array([width, height, width, height], np.float32))
+        if wanted is None:
+            return self._poses(_Found(keypoints, people.keypoint_scores, None, None), boxes)
+        rows = owners(wanted, boxes)
+        mine = np.full((len(wanted), *keypoints.shape[1:]), np.nan, np.float32)
+        scores = np.zeros(mine.shape[:2], np.float32)
+        mine[rows >= 0], scores[rows >= 0] = keypoints[rows[rows >= 0]], people.keypoint_scores[rows[rows >= 0]]
+        return self._poses(_Found(mine, scores, None, None), wanted)
+
+    def _outputs(self, frame: NDArray[np.uint8], transforms: NDArray[np.float64]) -> Mapping[str, NDArray[Any]]:
+        """What the network says of at most one batch of crops, merged with what it says of their mirror images."""
         spec, preprocess = self._spec, self._spec.preprocess
-        transforms = crop_transforms(boxes, preprocess)
-        images = normalise(warp(frame, transforms, preprocess.input_hw), preprocess)
+        images = normalise(warp(frame, transforms, preprocess.input_hw, preprocess.border), preprocess)
         if self._batch > len(images):  # an engine of fixed batch gets blank people to fill it up
             blank = np.zeros((self._batch - len(images), *images.shape[1:]), images.dtype)
             images = np.concatenate([images, blank])
@@ -182,8 +213,13 @@ class PoseEstimator:
         if self._info.flip_test:
             mirrored = self._session.infer({spec.inputs[0].name: mirror_images(images)})
             outputs = merge_flipped(outputs, mirrored, spec)
-        count = len(boxes)
-        outputs = {name: value[:count] for name, value in outputs.items()}
+        return {name: value[: len(transforms)] for name, value in outputs.items()}
+
+    def _infer(self, frame: NDArray[np.uint8], boxes: NDArray[np.float64]) -> _Found:
+        """What the network says of at most one batch of boxes."""
+        spec, count = self._spec, len(boxes)
+        transforms = crop_transforms(boxes, spec.preprocess)
+        outputs = self._outputs(frame, transforms)
         keypoints, scores = decode(outputs, spec.decoder)
         expected = (count, spec.keypoints.count, 2)
         if keypoints.shape != expected:

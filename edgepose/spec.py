@@ -59,6 +59,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         mean: Subtracted per channel, in the network's channel order, on the 0..255 scale.
         std: Divided by afterwards, same order and scale.
         padding: The box, widened to the input's aspect, is multiplied by this before cropping.
+        border: Grey value, 0..255, of what lies outside the frame.
     """
 
     input_hw: tuple[PositiveInt, PositiveInt]
@@ -66,6 +67,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     padding: float = 1.25
+    border: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
 
 
 class SimCC(msgspec.Struct, frozen=True, tag="simcc", forbid_unknown_fields=True):
@@ -82,38 +84,67 @@ class SimCC(msgspec.Struct, frozen=True, tag="simcc", forbid_unknown_fields=True
 class Heatmap(msgspec.Struct, frozen=True, tag="heatmap", forbid_unknown_fields=True):
     """One heat map per keypoint, (N, K, H/stride, W/stride).
 
-    Cell (i, j) is centred on input coordinate ((j + 0.5)·stride - 0.5, (i + 0.5)·stride - 0.5).
-
     Attributes:
         stride: Input pixels per cell.
         output: Name of the network's output.
         refine: Sub-cell refinement of the peak: none, quarter offset, DARK's Taylor step (Zhang et al., CVPR 2020), or
             the local soft-argmax (the mean position of the mass around the peak; Bulat et al., BMVC 2021).
+        alignment: Input coordinate that the centre of cell j stands for. "tiled": cells tile the input, so it is
+            (j + 0.5)·stride - 0.5; "scaled": j·stride; "corners": the first and last cells stand for the first and
+            last pixels (UDP; Huang et al., CVPR 2020).
     """
 
     stride: float = 4.0
     output: str = "heatmap"
     refine: Literal["none", "quarter", "dark", "softargmax"] = "dark"
+    alignment: Literal["tiled", "scaled", "corners"] = "tiled"
 
 
 class Regression(msgspec.Struct, frozen=True, tag="regression", forbid_unknown_fields=True):
-    """Coordinates said outright, with a scale for each (RLE; Li et al., ICCV 2021): two outputs of shape (N, K, 2).
+    """Coordinates said outright, (N, K, 2), with how sure each is: a scale of its errors, a score, or nothing.
 
-    The first holds x and y as shares of the input's width and height, 0 and 1 at its outer edges: the input coordinate
-    is share · size - 0.5. The second holds the scales of their errors in the same shares, 0..1.
+    Coordinates are x and y as shares of the input's width and height, 0 and 1 at its outer edges: the input coordinate
+    is share · size - 0.5. Scales (N, K, 2) are those of their errors in the same shares, 0..1 (RLE; Li et al., ICCV
+    2021). Scores (N, K) are 0..1, and 1 where the network says neither.
 
     Attributes:
         input_hw: Height and width of the input in pixels, as in `Preprocess`: what the shares are shares of.
         keypoints: Name of the output of coordinates.
-        scales: Name of the output of scales.
+        scales: Name of the output of scales; "" for none.
+        scores: Name of the output of scores; "" for none. They count where there are scales as well.
     """
 
     input_hw: tuple[PositiveInt, PositiveInt]
     keypoints: str = "keypoints"
     scales: str = "scales"
+    scores: str = ""
 
 
-Decoder = SimCC | Heatmap | Regression
+class OneStage(msgspec.Struct, frozen=True, tag="one-stage", forbid_unknown_fields=True):
+    """All people of a frame at once, as A candidates with a box, a score and keypoints (YOLO-pose, RTMO).
+
+    The input is the whole frame, scaled to fit and centred. Coordinates are pixels of the input, 0 at the outer edge of
+    its first pixel: those of pixel centres are 0.5 less.
+
+    Attributes:
+        boxes: Name of the output (N, A, 4), x1 y1 x2 y2.
+        scores: Name of the output (N, A), 0..1.
+        keypoints: Name of the output (N, A, K, 2); "" for a box detector, whose keypoints are its boxes' first and last
+            corners.
+        keypoint_scores: Name of the output (N, A, K), 0..1; "" gives every keypoint its candidate's score.
+        min_score: Candidates below it are nobody.
+        max_iou: Of candidates whose boxes overlap by more than this (intersection over union), the highest score stays.
+    """
+
+    boxes: str = "boxes"
+    scores: str = "scores"
+    keypoints: str = "keypoints"
+    keypoint_scores: str = "keypoint_scores"
+    min_score: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
+    max_iou: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.65
+
+
+Decoder = SimCC | Heatmap | Regression | OneStage
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgepose.blocks.config import LossConfig
 from edgepose.blocks.rle import RealNVP, laplace_divergence, residual_likelihood
 from edgepose.errors import SpecError
-from edgepose.spec import Decoder, Heatmap, ModelSpec, Regression, SimCC
+from edgepose.spec import Decoder, Heatmap, ModelSpec, OneStage, Regression, SimCC
 
 HEATMAP_SCALE = 1000.0
 """Lifts the squared error of mostly empty maps to the magnitude of a cross-entropy: one learning rate serves both."""
@@ -152,6 +152,8 @@ def distillation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], deco
             return HEATMAP_SCALE * F.mse_loss(student[0].float(), teacher[0].float())
         case Regression():
             return laplace_divergence((student[0], student[1]), (teacher[0], teacher[1])).mean()
+        case OneStage():
+            raise _one_stage()
 
 
 def _check(decoder: Decoder, config: LossConfig) -> None:
@@ -181,6 +183,12 @@ def _joint_losses(
             # A label that does not count may be anything; its loss must still be finite, or 0 times it is not 0.
             labels = torch.where(weights[..., None] > 0, targets[0], shares.detach())
             return _regression((shares, outputs[1]), labels, decoder, loss)
+        case OneStage():
+            raise _one_stage()
+
+
+def _one_stage() -> SpecError:
+    return SpecError("training", found="a one-stage network", expected="one that is shown a person at a time")
 
 
 def _simcc_axis(logits: Tensor, target: Tensor, decoder: SimCC, config: LossConfig) -> Tensor:

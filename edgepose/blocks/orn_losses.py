@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's universal name
 from torch import Tensor
 
-from edgepose.spec import Decoder, Heatmap, Regression, SimCC
+from edgepose.errors import SpecError
+from edgepose.spec import Decoder, Heatmap, OneStage, Regression, SimCC
 
 _LEAST_LOG_PX = -3.0  # 0.05 px: no label is as exact, and below it one outlier's gradient would outweigh a batch
 
@@ -79,5 +80,7 @@ def distance_px(outputs: Sequence[Tensor], decoder: Decoder, keypoints: Tensor) 
         case Regression():
             height, width = decoder.input_hw
             found = outputs[0].float() * torch.tensor([width, height]) - 0.5
+        case OneStage():
+            raise SpecError("training", found="a one-stage network", expected="one that is shown a person at a time")
     distance: Tensor = torch.linalg.vector_norm(found - keypoints, dim=-1)
     return distance

@@ -15,7 +15,7 @@ from edgepose.bundle import Bundle, read_bundle
 from edgepose.cli.console import STDOUT, show_facts, show_table, write_json
 from edgepose.cli.options import StdoutJsonFlag
 from edgepose.cli.subject import find_subject
-from edgepose.spec import Decoder, Heatmap, ModelSpec, Regression, SimCC, TensorSpec
+from edgepose.spec import Decoder, Heatmap, ModelSpec, OneStage, Regression, SimCC, TensorSpec
 
 EXAMPLES = (
     "edgepose inspect kpe-s.bundle",
@@ -101,6 +101,8 @@ def _decoding(decoder: Decoder) -> str:
             return f"heat maps, stride {decoder.stride:g}"
         case Regression():
             return "coordinates"
+        case OneStage():
+            return "people of the whole frame" if decoder.keypoints else "boxes"
 
 
 def _show_plan(plan: Mapping[str, Any]) -> None:

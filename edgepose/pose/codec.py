@@ -15,11 +15,20 @@ from numpy.typing import NDArray
 
 from edgepose.errors import SpecError
 from edgepose.pose.heatmap import decode_heatmap, encode_heatmap
+from edgepose.pose.one_stage import Candidates, best_candidate, candidates
 from edgepose.pose.regression import decode_regression, encode_regression
 from edgepose.pose.simcc import decode_simcc, encode_simcc
-from edgepose.spec import Decoder, Heatmap, Regression, SimCC
+from edgepose.spec import Decoder, Heatmap, OneStage, Regression, SimCC
 
-__all__ = ["decode", "encode_heatmap", "encode_regression", "encode_simcc", "named_output", "output_names"]
+__all__ = [
+    "decode",
+    "encode_heatmap",
+    "encode_regression",
+    "encode_simcc",
+    "named_output",
+    "output_names",
+    "people_candidates",
+]
 
 Floats = NDArray[np.float32]
 
@@ -32,7 +41,8 @@ def decode(outputs: Mapping[str, NDArray[Any]], decoder: Decoder) -> tuple[Float
         decoder: Which outputs to read, and how.
 
     Returns:
-        Keypoints (N, K, 2) float32 in pixels of the input crop, and scores (N, K) float32 in 0..1.
+        Keypoints (N, K, 2) float32 in pixels of the input crop, and scores (N, K) float32 in 0..1; of a one-stage
+        network those of each frame's best candidate, whatever its score.
 
     Raises:
         SpecError: An output that the decoder needs is absent or has too few axes.
@@ -45,7 +55,11 @@ def decode(outputs: Mapping[str, NDArray[Any]], decoder: Decoder) -> tuple[Float
             return decode_heatmap(named_output(outputs, decoder.output, "(N, K, h, w)"), decoder)
         case Regression():
             shares = named_output(outputs, decoder.keypoints, "(N, K, 2)")
-            return decode_regression(shares, named_output(outputs, decoder.scales, "(N, K, 2)"), decoder)
+            scales = named_output(outputs, decoder.scales, "(N, K, 2)") if decoder.scales else None
+            scores = named_output(outputs, decoder.scores, "(N, K)") if decoder.scores else None
+            return decode_regression(shares, scales, scores, decoder)
+        case OneStage():
+            return best_candidate(people_candidates(outputs, decoder))
 
 
 def output_names(decoder: Decoder) -> tuple[str, ...]:
@@ -56,7 +70,26 @@ def output_names(decoder: Decoder) -> tuple[str, ...]:
         case Heatmap():
             return (decoder.output,)
         case Regression():
-            return decoder.keypoints, decoder.scales
+            return tuple(filter(None, (decoder.keypoints, decoder.scales, decoder.scores)))
+        case OneStage():
+            names = decoder.boxes, decoder.scores, decoder.keypoints, decoder.keypoint_scores
+            return tuple(filter(None, names[:2] if not decoder.keypoints else names))
+
+
+def people_candidates(outputs: Mapping[str, NDArray[Any]], decoder: OneStage) -> Candidates:
+    """What a one-stage network says of N frames, in pixels of the input (centres are integers).
+
+    Raises:
+        SpecError: An output is absent or does not look as it should.
+    """
+    return candidates(
+        named_output(outputs, decoder.boxes, "(N, A, 4)"),
+        named_output(outputs, decoder.scores, "(N, A)"),
+        named_output(outputs, decoder.keypoints, "(N, A, K, 2)") if decoder.keypoints else None,
+        named_output(outputs, decoder.keypoint_scores, "(N, A, K)")
+        if decoder.keypoints and decoder.keypoint_scores
+        else None,
+    )
 
 
 def named_output(outputs: Mapping[str, NDArray[Any]], name: str, shape: str) -> Floats:

@@ -2,7 +2,7 @@
 
 Mirroring a crop of width w takes x to w - 1 - x, since integer coordinates are pixel centres. So it takes SimCC's bin
 b to (w - 1)·split_ratio - b, which is not the reversed row (there is a bin behind the last pixel's centre, and none
-before the first's), and the cells of a heat map of w/stride columns to the reversed row exactly.
+before the first's), and the cells of a heat map that tile the crop to the reversed row exactly.
 
 Invariant: a network that answers the mirrored crop with the mirrored answer gets its own answer back.
 """
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from edgepose.errors import SpecError
 from edgepose.pose.codec import named_output
-from edgepose.spec import Decoder, Heatmap, Keypoints, ModelSpec, Regression, SimCC
+from edgepose.pose.heatmap import cell_grid
+from edgepose.spec import Decoder, Heatmap, Keypoints, ModelSpec, OneStage, Regression, SimCC
 
 Floats = NDArray[np.float32]
 
@@ -100,11 +101,19 @@ def _coordinates(outputs: Mapping[str, NDArray[Any]], decoder: Decoder, width: i
             return {decoder.x: _reflected(x, (width - 1) * decoder.split_ratio), decoder.y: y}
         case Heatmap():
             maps = named_output(outputs, decoder.output, "(N, K, h, w)")
-            return {decoder.output: _reflected(maps, width / decoder.stride - 1)}
+            step, first = cell_grid(maps.shape[-1], decoder)
+            return {decoder.output: _reflected(maps, (width - 1 - 2 * first) / step)}
         case Regression():
             shares = named_output(outputs, decoder.keypoints, "(N, K, 2)")
             x_mirrored = np.stack([1 - shares[..., 0], shares[..., 1]], -1)
-            return {decoder.keypoints: x_mirrored, decoder.scales: named_output(outputs, decoder.scales, "(N, K, 2)")}
+            turned: dict[str, Floats] = {decoder.keypoints: x_mirrored}
+            if decoder.scales:
+                turned[decoder.scales] = named_output(outputs, decoder.scales, "(N, K, 2)")
+            if decoder.scores:
+                turned[decoder.scores] = named_output(outputs, decoder.scores, "(N, K)")
+            return turned
+        case OneStage():
+            raise SpecError("flip test", found="a one-stage network", expected="one that is shown a person at a time")
 
 
 def _reflected(values: Floats, last: float) -> Floats:

@@ -1,7 +1,7 @@
 """Heat maps: keypoints as peaks of 2-D maps, from and to the coordinates of the input crop.
 
-Invariant: cell (i, j) is centred on ((j + 0.5)·stride - 0.5, (i + 0.5)·stride - 0.5), and refining a peak moves it by
-one cell at most, never out of the crop.
+Invariant: what input coordinate a cell's centre stands for is said by `cell_grid` alone, and refining a peak moves it
+by one cell at most, never out of the crop.
 """
 
 from __future__ import annotations
@@ -19,6 +19,25 @@ Integers = NDArray[np.intp]
 _LOWEST = 1e-6  # heat below it is none; also keeps logarithms finite
 _DARK_RADIUS = 2  # the smoothed 3 x 3 cells around a peak are made of 5 x 5
 _MEAN_RADIUS = 3  # holds 99 % of a Gaussian of 0.75 cells, the narrowest that training draws, and 97 % of one of 1.25
+
+
+def cell_grid(cells: int, decoder: Heatmap) -> tuple[float, float]:
+    """Where the cells of one axis are.
+
+    Args:
+        cells: How many there are.
+        decoder: Gives stride and alignment.
+
+    Returns:
+        The distance of neighbouring cells' centres and the coordinate of the first one's, input pixels.
+    """
+    match decoder.alignment:
+        case "tiled":
+            return decoder.stride, (decoder.stride - 1) / 2
+        case "scaled":
+            return decoder.stride, 0.0
+        case "corners":
+            return (cells * decoder.stride - 1) / max(cells - 1, 1), 0.0
 
 
 def decode_heatmap(maps: Floats, decoder: Heatmap) -> tuple[Floats, Floats]:
@@ -54,9 +73,9 @@ def refined_px(maps: Floats, which: Integers, cells: Integers, decoder: Heatmap)
     """
     height, width = maps.shape[1:]
     offsets = _offsets(maps, which, cells, decoder.refine)
-    stride = np.float32(decoder.stride)
-    points: Floats = (cells.astype(np.float32) + offsets + np.float32(0.5)) * stride - np.float32(0.5)
-    last = np.array([width, height], np.float32) * stride - 1
+    steps, firsts = np.array([cell_grid(width, decoder), cell_grid(height, decoder)], np.float32).T
+    points: Floats = (cells.astype(np.float32) + offsets) * steps + firsts
+    last = np.array([width, height], np.float32) * np.float32(decoder.stride) - 1
     np.clip(points, 0, last, out=points)
     return points
 
@@ -156,14 +175,15 @@ def encode_heatmap(keypoints: NDArray[Any], input_hw: tuple[int, int], decoder: 
     Args:
         keypoints: (N, K, 2), pixels of the input crop.
         input_hw: Height and width of the input crop.
-        decoder: Gives the stride.
+        decoder: Gives stride and alignment.
         sigma_px: Standard deviation in input pixels.
 
     Returns:
         (N, K, h/stride, w/stride) float32.
     """
     height, width = round(input_hw[0] / decoder.stride), round(input_hw[1] / decoder.stride)
-    cells = (np.asarray(keypoints, np.float32) + 0.5) / decoder.stride - 0.5
+    steps, firsts = np.array([cell_grid(width, decoder), cell_grid(height, decoder)], np.float32).T
+    cells = (np.asarray(keypoints, np.float32) - firsts) / steps
     sigma = sigma_px / decoder.stride
     dx = (np.arange(width, dtype=np.float32) - cells[..., :1]) ** 2
     dy = (np.arange(height, dtype=np.float32) - cells[..., 1:]) ** 2

@@ -1,4 +1,4 @@
-"""Non-maximum suppression: of the peaks of one heat map, and of poses that are the same person.
+"""Non-maximum suppression: of the peaks of one heat map, of poses and of boxes that are the same person.
 
 Invariant: what is kept is in order of falling score, ties in the order they came in, and no two kept ones are nearer to
 each other than the limit.
@@ -97,4 +97,41 @@ def oks_nms(
         distances = np.where(np.isfinite(offsets).all(-1), np.hypot(offsets[..., 0], offsets[..., 1]), np.nan)
         similarity = oks(distances, (areas[others] + areas[best]) / 2, np.asarray(sigmas))
         remaining = others[~(similarity > threshold)]  # NaN, where no joint can be compared, stays
+    return np.array(kept, np.intp)
+
+
+def box_ious(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
+    """Intersection over union of each of (N, 4) xyxy boxes with each of (M, 4): (N, M), 0 where a box is empty."""
+    a, b = (np.asarray(boxes, np.float64).reshape(-1, 4) for boxes in (first, second))
+    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
+    both = np.maximum(high - low, 0).prod(-1)
+    areas = [np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(-1) for boxes in (a, b)]
+    union = areas[0][:, None] + areas[1][None] - both
+    ious: NDArray[np.float64] = np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+    return ious
+
+
+def box_nms(boxes: NDArray[Any], scores: NDArray[Any], *, max_iou: float) -> NDArray[np.intp]:
+    """Which boxes to keep where several are of one thing: from the highest score down, without those that overlap it.
+
+    Args:
+        boxes: (N, 4) float xyxy.
+        scores: (N,) float.
+        max_iou: A box goes if it overlaps one that stays by more than this (intersection over union).
+
+    Returns:
+        (M,) int, rows of the boxes that stay, highest score first.
+
+    Raises:
+        SpecError: The arrays do not describe the same boxes.
+    """
+    shapes = np.shape(boxes), np.shape(scores)
+    if len(shapes[0]) != 2 or shapes[0][1] != 4 or shapes[1] != shapes[0][:1]:
+        raise SpecError("boxes to suppress", found=f"shapes {list(shapes)}", expected="[(N, 4), (N,)]")
+    remaining = np.argsort(-np.asarray(scores, np.float64), kind="stable")
+    kept: list[int] = []
+    while len(remaining):
+        best, remaining = remaining[0], remaining[1:]
+        kept.append(int(best))
+        remaining = remaining[box_ious(boxes[best], boxes[remaining])[0] <= max_iou]
     return np.array(kept, np.intp)

@@ -38,13 +38,16 @@ def crop_transforms(boxes: NDArray[np.floating], preprocess: Preprocess) -> NDAr
     return transforms
 
 
-def warp(frame: NDArray[np.uint8], transforms: NDArray[np.float64], input_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """Cut crops out of a frame, bilinearly; what lies outside the frame is black.
+def warp(
+    frame: NDArray[np.uint8], transforms: NDArray[np.float64], input_hw: tuple[int, int], border: int = 0
+) -> NDArray[np.uint8]:
+    """Cut crops out of a frame, bilinearly.
 
     Args:
         frame: (H, W, 3) uint8 BGR.
         transforms: (N, 2, 3), source → input.
         input_hw: Height and width of each crop.
+        border: Grey value of what lies outside the frame.
 
     Returns:
         (N, h, w, 3) uint8 BGR.
@@ -52,7 +55,9 @@ def warp(frame: NDArray[np.uint8], transforms: NDArray[np.float64], input_hw: tu
     height, width = input_hw
     crops = np.empty((len(transforms), height, width, 3), np.uint8)
     for crop, transform in zip(crops, transforms, strict=True):
-        cv2.warpAffine(frame, transform, (width, height), dst=crop, flags=cv2.INTER_LINEAR)
+        cv2.warpAffine(
+            frame, transform, (width, height), dst=crop, flags=cv2.INTER_LINEAR, borderValue=(border, border, border)
+        )
     return crops
 
 

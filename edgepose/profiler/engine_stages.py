@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from edgepose.bundle import check_engine, read_bundle
 from edgepose.estimator import choose_engine
-from edgepose.pose.codec import decode
+from edgepose.pose.codec import decode, people_candidates
+from edgepose.pose.one_stage import people_of
 from edgepose.pose.preprocess import crop_transforms, normalise, to_source, warp
 from edgepose.profiler.harness import Stage
 from edgepose.profiler.messages import Load
 from edgepose.profiler.record import BundleArm, ModelArm
 from edgepose.runtime import Session, open_session
-from edgepose.spec import ModelSpec, TensorSpec
+from edgepose.spec import ModelSpec, OneStage, TensorSpec
 
 _FREE_SIDE = 256  # of a free dimension that is not the batch; only networks without a fixed input size have one
 
@@ -128,7 +129,8 @@ class FrameCall:
     def crop(self) -> None:
         preprocess = self.spec.preprocess
         self.transforms = crop_transforms(self.boxes, preprocess)
-        self.images = normalise(warp(self.frame, self.transforms, preprocess.input_hw), preprocess)
+        crops = warp(self.frame, self.transforms, preprocess.input_hw, preprocess.border)
+        self.images = normalise(crops, preprocess)
 
     def infer(self) -> None:
         assert self.images is not None
@@ -137,6 +139,13 @@ class FrameCall:
     def decode(self) -> None:
         assert self.outputs is not None
         assert self.transforms is not None
+        decoder = self.spec.decoder
+        if isinstance(decoder, OneStage):
+            said = people_candidates(self.outputs, decoder)
+            people = [people_of(said, frame, decoder) for frame in range(len(self.boxes))]
+            for transform, found in zip(self.transforms, people, strict=True):
+                to_source(found.keypoints.reshape(1, -1, 2), transform[None])
+            return
         keypoints, self.scores = decode(self.outputs, self.spec.decoder)
         self.keypoints = to_source(keypoints, self.transforms)
 
@@ -144,6 +153,8 @@ class FrameCall:
 def frame_stages(session: Session, spec: ModelSpec, request: Load) -> tuple[tuple[str, Stage], ...]:
     """The stages of finding the poses of a synthetic frame: crop, infer, decode."""
     frame, boxes = synthetic_frame(request.frame_hw, _batch_of(session, request), request.seed)
+    if isinstance(spec.decoder, OneStage):  # it is shown the frame, as often as it takes at once
+        boxes = np.tile([0.0, 0.0, request.frame_hw[1], request.frame_hw[0]], (len(boxes), 1))
     call = FrameCall(session, spec, frame, boxes)
     return (("crop", call.crop), ("infer", call.infer), ("decode", call.decode))
 

@@ -20,7 +20,7 @@ from edgepose.data.augment import Patch, View, augment, cut_patch
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import AnnotationError, SpecError, UsageError
 from edgepose.pose.codec import encode_heatmap, encode_regression, encode_simcc
-from edgepose.spec import Heatmap, ModelSpec, Regression, SimCC
+from edgepose.spec import Heatmap, ModelSpec, OneStage, Regression, SimCC
 from edgepose.training.config import TrainConfig
 
 
@@ -156,6 +156,8 @@ class AugmentedPeople(Dataset[Batch]):
                 return (torch.from_numpy(encode_heatmap(points, hw, decoder, sigma_px)),)
             case Regression():
                 return (torch.from_numpy(encode_regression(points, decoder)),)
+            case OneStage():
+                raise SpecError("training", found="a one-stage network", expected="one that is shown one person")
 
     def numbers(self, numbers: Sequence[int], workers: int) -> Generator[Batch]:
         """The batches with these numbers, in order, prepared ahead by `workers` processes (0: in this one)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -362,3 +363,40 @@ def test_names_of_the_outputs_are_those_that_decoding_reads() -> None:
         for name in outputs:
             with pytest.raises(SpecError, match=repr(name)):
                 decode({other: value for other, value in outputs.items() if other != name}, decoder)
+
+
+# Conventions of other people's networks
+
+
+@pytest.mark.parametrize(
+    ("alignment", "cell_x", "expected_x"),
+    [("tiled", 5, 21.5), ("scaled", 5, 20.0), ("corners", 5, 5 * 31 / 7), ("corners", 7, 31.0), ("scaled", 0, 0.0)],
+)
+def test_a_cell_stands_for_what_the_alignment_says(
+    alignment: Literal["tiled", "scaled", "corners"], cell_x: int, expected_x: float
+) -> None:
+    decoder = Heatmap(stride=4.0, refine="none", alignment=alignment)
+    maps = np.zeros((1, 1, 6, 8), np.float32)  # of an input 24 high and 32 wide
+    maps[0, 0, 2, cell_x] = 1
+    keypoints, _ = decode({"heatmap": maps}, decoder)
+    assert keypoints[0, 0, 0] == pytest.approx(expected_x)
+
+
+@pytest.mark.parametrize("alignment", ["tiled", "scaled", "corners"])
+def test_every_alignment_decodes_what_it_encoded(alignment: Literal["tiled", "scaled", "corners"]) -> None:
+    decoder = Heatmap(stride=4.0, alignment=alignment)
+    points = np.array([[[10.3, 40.9], [33.0, 12.2]]], np.float32)
+    maps = encode_heatmap(points, (64, 48), decoder, sigma_px=8.0)
+    np.testing.assert_allclose(decode({"heatmap": maps}, decoder)[0], points, atol=0.1)
+
+
+def test_coordinates_with_scores_or_with_nothing() -> None:
+    outputs = {
+        "keypoints": np.array([[[0.5, 0.25], [1.0, 0.0]]], np.float32),
+        "scores": np.array([[0.25, 1.5]], np.float32),
+    }
+    keypoints, scores = decode(outputs, Regression((40, 20), scales="", scores="scores"))
+    assert keypoints.tolist() == [[[9.5, 9.5], [19.5, -0.5]]]
+    assert scores.tolist() == [[0.25, 1.0]]
+    assert decode(outputs, Regression((40, 20), scales=""))[1].tolist() == [[1, 1]]
+    assert output_names(Regression((40, 20), scales="", scores="scores")) == ("keypoints", "scores")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from edgepose.errors import SpecError
 from edgepose.pose.codec import decode, encode_heatmap, encode_regression, encode_simcc
 from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order, unmirror
-from edgepose.spec import Decoder, Heatmap, Keypoints, ModelSpec, Preprocess, Regression, SimCC
+from edgepose.spec import Decoder, Heatmap, Keypoints, ModelSpec, Preprocess, Regression, SimCC, TensorSpec
 
 quick = settings(max_examples=40, deadline=None)
 HW = (96, 64)
@@ -144,3 +146,18 @@ def test_outputs_that_do_not_fit_the_keypoints_are_refused() -> None:
         unmirror({**outputs, "simcc_x": outputs["simcc_x"][:, :2]}, spec_with(SimCC()))
     with pytest.raises(SpecError, match="'seen'"):
         unmirror({name: values for name, values in outputs.items() if name != "seen"}, spec_with(SimCC()))
+
+
+@pytest.mark.parametrize("alignment", ["scaled", "corners"])
+def test_other_alignments_of_cells_mirror_about_the_crops_middle(alignment: Literal["scaled", "corners"]) -> None:
+    decoder = Heatmap(stride=4.0, alignment=alignment)
+    spec = ModelSpec(
+        "one", Keypoints(("nose",)), Preprocess((64, 48)), decoder,
+        (TensorSpec("images", ("batch", 3, 64, 48)),), (TensorSpec("heatmap", ("batch", 1, 16, 12)),),
+    )  # fmt: skip
+    point = np.array([[[17.0, 30.0]]], np.float32)
+    maps, mirrored = (
+        encode_heatmap(place, (64, 48), decoder, sigma_px=8.0) for place in (point, [47, 0] + point * [-1, 1])
+    )
+    merged = merge_flipped({"heatmap": maps}, {"heatmap": mirrored}, spec)
+    np.testing.assert_allclose(decode(merged, decoder)[0], point, atol=0.15)
