@@ -52,7 +52,12 @@ class _Observer(nn.Module):
 
 
 def complete_coverage(
-    wrapped: nn.Module, batches: Sequence[Tensor], *, symmetric: bool, protected: Collection[str]
+    wrapped: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    symmetric: bool,
+    protected: Collection[str],
+    round_outputs: bool = False,
 ) -> tuple[str, ...]:
     """Adds and removes quantisers in place; new ones span the extremes seen in `batches`.
 
@@ -61,6 +66,7 @@ def complete_coverage(
         batches: Calibration inputs, (B, 3, h, w) float32 each.
         symmetric: New quantisers are signed with zero point 0 instead of unsigned with any.
         protected: Functions that stay float, by NNCF's names.
+        round_outputs: Quantise what the last linear layers say, too.
 
     Returns:
         The places of the new quantisers.
@@ -69,7 +75,7 @@ def complete_coverage(
     for node in _requantised(graph, hooks_of(wrapped)):
         remove_hook(wrapped, _after(node))
     graph = graph_of(wrapped, batches[0][:1])
-    opened = _open_outputs(graph, hooks_of(wrapped), protected)
+    opened = _open_outputs(graph, hooks_of(wrapped), protected, round_outputs=round_outputs)
     places = tuple(_after(node) for node in opened if not _gather(wrapped, graph, node))
     observers = {place: _Observer() for place in places}
     for place, observer in observers.items():
@@ -204,7 +210,9 @@ def _requantised(graph: PTNNCFGraph, hooks: dict[str, nn.Module]) -> list[NNCFNo
     return found
 
 
-def _open_outputs(graph: PTNNCFGraph, hooks: dict[str, nn.Module], protected: Collection[str]) -> list[NNCFNode]:
+def _open_outputs(
+    graph: PTNNCFGraph, hooks: dict[str, nn.Module], protected: Collection[str], *, round_outputs: bool
+) -> list[NNCFNode]:
     """Functions whose output lacks a quantiser, in order of execution."""
     quantised: set[int] = set()
     found: list[NNCFNode] = []
@@ -225,7 +233,7 @@ def _open_outputs(graph: PTNNCFGraph, hooks: dict[str, nn.Module], protected: Co
             target = _rectified(graph, node)
             if _after(target) in hooks:
                 continue  # the rectifier behind it is quantised: one kernel does both
-            if node.metatype in _LINEAR and _ends_float(graph, target, protected):
+            if not round_outputs and node.metatype in _LINEAR and _ends_float(graph, target, protected):
                 continue
             found.append(target)
             quantised.update({node.node_id, target.node_id})

@@ -1,16 +1,17 @@
-"""What stays float in every quantised network, and why: one table, to be reviewed as a whole.
+"""What stays float in every quantised network, what does not although others keep it float, and why: two tables.
 
-Invariant: nothing in it multiplies by weights; all convolutions and linear layers are quantised unless a recipe says
-otherwise.
+Invariant: nothing that is protected multiplies by weights; all convolutions and linear layers are quantised unless a
+recipe says otherwise. `benchmarks/protected.py` measures what every entry of both tables costs or would cost.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch import nn
 
-from edgepose.blocks.heads import Centroid
+from edgepose.blocks.heads import Centroid, HeatmapHead, RegressionHead, SimCCHead
 from edgepose.blocks.orn import Look, Mix, Normalise, Pool, Sum
 
 
@@ -25,6 +26,24 @@ class Protected(NamedTuple):
 
     module: type[nn.Module]
     operators: tuple[str, ...]
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return self.module.__name__
+
+
+class Considered(NamedTuple):
+    """A kind of layer that is quantised although it is often kept float.
+
+    Attributes:
+        name: What it is called.
+        members: Names of such modules in a network.
+        reason: Why 8 bits do suit it.
+    """
+
+    name: str
+    members: Callable[[nn.Module], tuple[str, ...]]
     reason: str
 
 
@@ -66,7 +85,68 @@ PROTECTED: tuple[Protected, ...] = (
 )
 
 
-def protected_parts(model: nn.Module) -> tuple[str, ...]:
-    """Names of a network's modules that the table keeps float, in order of definition."""
-    kinds = tuple(entry.module for entry in PROTECTED)
+OUTPUTS = "outputs"
+OUTPUTS_REASON = (
+    "what the last linear layers say is read at once and not multiplied again: rounding it to 256 codes would make "
+    "neighbouring bins tie and save nothing (`compress.coverage` leaves such outputs open)"
+)
+"""The rule that is about values instead of modules."""
+
+
+def rules() -> tuple[str, ...]:
+    """Names of all rules that `QuantiseConfig.unprotected` may break."""
+    return (*(entry.name for entry in PROTECTED), OUTPUTS)
+
+
+def protected_parts(model: nn.Module, *, without: Collection[str] = ()) -> tuple[str, ...]:
+    """Names of a network's modules that the table keeps float, in order of definition.
+
+    Args:
+        model: The network.
+        without: Names of rules to leave out.
+    """
+    kinds = tuple(entry.module for entry in PROTECTED if entry.name not in without)
     return tuple(name for name, part in model.named_modules() if isinstance(part, kinds))
+
+
+def _first_convolution(model: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, part in model.named_modules() if isinstance(part, nn.Conv2d))[:1]
+
+
+def _output_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers that read the maps of the last head: earlier stages' heads are not run at inference."""
+    found: list[str] = []
+    for name, part in model.named_modules():
+        prefix = f"{name}." if name else ""
+        match part:
+            case SimCCHead():
+                found = [f"{prefix}x", f"{prefix}y"]
+            case HeatmapHead():
+                found = [f"{prefix}maps"]
+            case RegressionHead():
+                found = [f"{prefix}scales"]
+    return tuple(found)
+
+
+def _sigmoids(model: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, part in model.named_modules() if isinstance(part, nn.Sigmoid))
+
+
+CONSIDERED: tuple[Considered, ...] = (
+    Considered(
+        "first convolution",
+        _first_convolution,
+        "photographs have 256 values per channel to begin with, and its weights have a scale per channel like others",
+    ),
+    Considered(
+        "output layers",
+        _output_layers,
+        "their weights have a scale per bin or channel and their sums stay 32 bits wide up to the float output; for "
+        "SimCC they are a tenth of the multiplications and more",
+    ),
+    Considered(
+        "sigmoid",
+        _sigmoids,
+        "its values lie between 0 and 1 whatever comes in: 256 codes are steps of 0.4 % of what a gate lets through",
+    ),
+)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from edgepose.compress.coverage import complete_coverage
 from edgepose.compress.hooks import add_hook, functions_inside, hooked_copy, hooks_of, is_hooked, plain_copy, quiet
-from edgepose.compress.protected import protected_parts
+from edgepose.compress.protected import OUTPUTS, protected_parts, rules
 from edgepose.compress.ranges import Range, Ranges
 from edgepose.errors import CheckpointError, RecipeError, SpecError
 from edgepose.recipe import RangeEstimator
@@ -63,6 +63,8 @@ class QuantiseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             Off by default: on kpe-s it moves outputs away from the float network's (mean gap 0.37 % against 0.28 %).
         protected: Names of modules that stay float ("block.head.x"), beside those of `compress.protected`.
         subset_size: Calibration images used, whole batches.
+        unprotected: Rules of `compress.protected` to break, by name: what each is worth is measured so, no recipe
+            offers it.
     """
 
     symmetric: bool = False
@@ -70,6 +72,7 @@ class QuantiseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias_correction: Literal["none", "fast", "accurate"] = "none"
     protected: tuple[str, ...] = ()
     subset_size: int = 300
+    unprotected: tuple[str, ...] = ()
 
 
 class _Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,12 +106,14 @@ def prepare(folded: nn.Module, batches: Sequence[Batch], config: QuantiseConfig 
 
     Raises:
         SpecError: No batches, or not (B, 3, h, w) float32.
-        RecipeError: A protected name that is no module.
+        RecipeError: A protected name that is no module, or an unprotected one that is no rule.
     """
     config = config or QuantiseConfig()
     _check_protected(folded, config.protected)
+    _check_rules(config.unprotected)
     tensors = _subset(batches, config.subset_size)
-    names = tuple(dict.fromkeys((*config.protected, *protected_parts(folded))))
+    parts = protected_parts(folded, without=config.unprotected)
+    names = tuple(dict.fromkeys((*config.protected, *parts)))
     protected = functions_inside(folded, names, tensors[0][:1])
     estimator = _ESTIMATORS[config.estimator]
     advanced = AdvancedQuantizationParameters(
@@ -133,7 +138,13 @@ def prepare(folded: nn.Module, batches: Sequence[Batch], config: QuantiseConfig 
         )
         if config.symmetric:
             _force_signed(wrapped)
-        complete_coverage(wrapped, tensors, symmetric=config.symmetric, protected=protected)
+        complete_coverage(
+            wrapped,
+            tensors,
+            symmetric=config.symmetric,
+            protected=protected,
+            round_outputs=OUTPUTS in config.unprotected,
+        )
     protect(wrapped, names)
     _pin_zeros(wrapped)
     return wrapped.eval()
@@ -326,6 +337,12 @@ def _check_protected(module: nn.Module, protected: Sequence[str]) -> None:
         if name not in names:
             leaves = ", ".join(sorted(names - {""})[-8:])
             raise RecipeError("quantise: protected", found=f"{name!r}", expected=f"the name of a module ({leaves}, …)")
+
+
+def _check_rules(unprotected: Sequence[str]) -> None:
+    for name in unprotected:
+        if name not in rules():
+            raise RecipeError("quantise: unprotected", found=f"{name!r}", expected=f"one of {', '.join(rules())}")
 
 
 def _check_hooked(wrapped: nn.Module) -> None:
