@@ -1,7 +1,7 @@
-"""Comparing two arms in pairs of fresh processes that take turns.
+"""Comparing arms in groups of fresh processes that take turns; a comparison of two is a group of two.
 
-Invariant: no worker outlives the function that started it, whatever ends that function; and while one worker of a pair
-runs, the other is blocked on its pipe (idle thread pools in one process would slow both arms, see docs/gate.md).
+Invariant: no worker outlives the function that started it, whatever ends that function; and while one worker of a group
+runs, the others are blocked on their pipes (idle thread pools in one process would slow all arms, see docs/gate.md).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -178,6 +178,29 @@ def running_worker(label: str, *, threads: int, timeout_s: float) -> Iterator[Wo
         yield Worker(label, process, requests, replies, stderr, timeout_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One group of fresh processes, one per arm.
+
+    Attributes:
+        orders: Per round, dropped ones included: the numbers of the arms in the order they ran.
+        traces: One per arm.
+        load_average: One-minute load average when the group ended; negative where unknown.
+    """
+
+    orders: tuple[tuple[int, ...], ...]
+    traces: tuple[ArmTrace, ...]
+    load_average: float = -1.0
+
+    def pair(self, base: int, candidate: int, protocol: LatencyProtocol) -> PairTrace:
+        """Two of the arms, by number, as if the others had not been there."""
+        a, b = self.traces[base], self.traces[candidate]
+        slow, quick = (np.median(trace.calls_ns.array(), axis=1) for trace in (a, b))
+        ratios = np.log(quick / slow)[protocol.dropped_blocks :]
+        order = "".join("A" if order.index(base) < order.index(candidate) else "B" for order in self.orders)
+        return PairTrace(order, tuple(ratios.tolist()), a, b, self.load_average)
+
+
 def compare_latency(
     arm_a: Arm,
     arm_b: Arm,
@@ -200,47 +223,58 @@ def compare_latency(
         EdgeposeError: Whatever loading or running an arm raised.
     """
     protocol = protocol or LatencyProtocol()
+    groups = measure_groups((arm_a, arm_b), protocol, progress, first=first_pair)
+    pairs = [group.pair(0, 1, protocol) for group in groups]
+    return comparison_of((arm_a, arm_b), protocol, pairs, host.fingerprint())
+
+
+def measure_groups(
+    arms: Sequence[Arm], protocol: LatencyProtocol, progress: Progress | None, *, first: int
+) -> tuple[Group, ...]:
+    """Times `protocol.pairs` groups of processes, one after the other.
+
+    Args:
+        arms: Who takes turns.
+        protocol: How.
+        progress: Told after every round.
+        first: Number of the first group, which its random orders follow from.
+
+    Raises:
+        EnvironmentFault: A worker died, hung or could not be started.
+        EdgeposeError: Whatever loading or running an arm raised.
+    """
     rounds = protocol.dropped_blocks + protocol.blocks
-    pairs = []
+    groups = []
     for number in range(protocol.pairs):
 
         def report(done: int, before: int = number * rounds) -> None:
             if progress is not None:
                 progress(before + done, protocol.pairs * rounds)
 
-        pairs.append(_measure_pair((arm_a, arm_b), protocol, first_pair + number, report))
-    return comparison_of((arm_a, arm_b), protocol, pairs, host.fingerprint())
+        groups.append(_measure_group(arms, protocol, first + number, report))
+    return tuple(groups)
 
 
-def _measure_pair(
-    arms: tuple[Arm, Arm], protocol: LatencyProtocol, number: int, report: Callable[[int], None]
-) -> PairTrace:
+def _measure_group(arms: Sequence[Arm], protocol: LatencyProtocol, number: int, report: Callable[[int], None]) -> Group:
     rng = np.random.default_rng([protocol.seed, number])
     threads = protocol.threads or host.physical_cores()
     with contextlib.ExitStack() as stack:
         workers: dict[int, Worker] = {}
         calls: dict[int, int] = {}
-        for side in rng.permutation(2).tolist():
-            worker = running_worker(arms[side].label, threads=threads, timeout_s=protocol.timeout_s)
-            workers[side] = stack.enter_context(worker)
-            ready = workers[side].load(_load_request(arms[side], protocol, threads))
-            calls[side] = harness.calls_per_block(ready.call_ns, int(protocol.block_ms * 1e6))
-        firsts = rng.integers(0, 2, protocol.dropped_blocks + protocol.blocks).tolist()
-        blocks: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = ([], [])
-        for done, first in enumerate(firsts, 1):
-            for side in (first, 1 - first):
-                blocks[side].append(workers[side].block(calls[side]))
+        for arm in rng.permutation(len(arms)).tolist():
+            worker = running_worker(arms[arm].label, threads=threads, timeout_s=protocol.timeout_s)
+            workers[arm] = stack.enter_context(worker)
+            ready = workers[arm].load(_load_request(arms[arm], protocol, threads))
+            calls[arm] = harness.calls_per_block(ready.call_ns, int(protocol.block_ms * 1e6))
+        orders: list[tuple[int, ...]] = []
+        blocks: list[list[NDArray[np.int64]]] = [[] for _ in arms]
+        for done in range(1, protocol.dropped_blocks + protocol.blocks + 1):
+            orders.append(tuple(rng.permutation(len(arms)).tolist()))
+            for arm in orders[-1]:
+                blocks[arm].append(workers[arm].block(calls[arm]))
             report(done)
-        facts = {side: worker.finish() for side, worker in workers.items()}
-    a, b = (np.stack(side) for side in blocks)
-    ratios = np.log(np.median(b, axis=1) / np.median(a, axis=1))[protocol.dropped_blocks :]
-    return PairTrace(
-        order="".join("AB"[first] for first in firsts),
-        log_ratios=tuple(ratios.tolist()),
-        a=ArmTrace(pack(a), facts[0]),
-        b=ArmTrace(pack(b), facts[1]),
-        load_average=load_average(),
-    )
+        traces = tuple(ArmTrace(pack(np.stack(blocks[arm])), workers[arm].finish()) for arm in range(len(arms)))
+    return Group(tuple(orders), traces, load_average())
 
 
 def _load_request(arm: Arm, protocol: LatencyProtocol, threads: int) -> Load:

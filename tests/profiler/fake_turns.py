@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgepose.host import fingerprint
+from edgepose.profiler.pairs import Group
 from edgepose.profiler.record import Arm, ArmTrace, LatencyProtocol, ModelArm, WorkerFacts, pack
-from edgepose.profiler.turns import Group, Turns
+from edgepose.profiler.turns import Turns
 
 FACTS = WorkerFacts(1.0, 1.0, 1, 1, 1, 1, 1, 0, 0, "fake")
 

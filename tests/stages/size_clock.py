@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 
 from edgepose.host import fingerprint
+from edgepose.profiler.pairs import Group
 from edgepose.profiler.record import Arm, ArmTrace, LatencyProtocol, ModelArm, pack
-from edgepose.profiler.turns import Group, Turns
+from edgepose.profiler.turns import Turns
 from tests.profiler.fake_turns import FACTS
 
 
