@@ -93,9 +93,23 @@ class _Workshop:
     def built(self, network: nn.Module, form: Form) -> StageResult:
         """A network as an engine, its accuracy unchecked; equal structures are built once."""
         folded = fold_batch_norms(network)
-        settings = msgspec.structs.replace(form, target="", threads=0)
-        key = StageKey("shape", {"structure": structure_of(folded)}, settings, _TOOLS)
+        key = shape_key(folded, self.spec, form)
         return run_stage(key, lambda folder: _engine(folded, self.spec, form, self.images, folder))
+
+
+def shape_key(folded: nn.Module, spec: ModelSpec, form: Form) -> StageKey:
+    """What a shape's engine, and with it the time that it takes, depends on: all but the weights.
+
+    Args:
+        folded: The network, its normalisations folded.
+        spec: Its size above all, which a network without linear layers does not show.
+        form: What it is built as; the same for every target and number of threads.
+    """
+    settings = {
+        "form": msgspec.structs.replace(form, target="", threads=0),
+        "spec": msgspec.structs.replace(spec, name=""),
+    }
+    return StageKey("shape", {"structure": structure_of(folded)}, settings, _TOOLS)
 
 
 def aim(source: Source | Path, data: StageData, settings: PruneStage, form: Form, run: Run) -> dict[str, Any]:

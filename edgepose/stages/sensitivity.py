@@ -203,6 +203,8 @@ Measure = Callable[[nn.Module], Figures]
 def _place(checkpoint: Checkpoint, data: StageData, settings: ScanSettings) -> tuple[Path, str]:
     """Where figures are kept, and what they depend on besides the candidates."""
     inputs = {"checkpoint": checkpoint.digest, "train": data.train.digest, "dev": data.dev.digest}
+    if checkpoint.card.own is not None:  # the weights say nothing of what a user's module computes with them
+        inputs["module"] = checkpoint.card.own.structure
     config = {"importance": settings.importance, "seed": settings.seed}
     digest = StageKey("scan", inputs, config, _TOOLS).digest
     return cache_directory() / "scans" / f"{digest[:24]}.json", digest

@@ -13,8 +13,10 @@ import torch
 
 from edgepose.blocks.card import Card, Lineage, read_card
 from edgepose.blocks.checkpoint import load_checkpoint, save_checkpoint
+from edgepose.blocks.config import spec_of
 from edgepose.cli.compile import show_latency
 from edgepose.compiler import CompileRequest, compile_bundle, planned_stages
+from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.plan import plan_from_json
 from edgepose.errors import BackendUnavailable, RecipeError
 from edgepose.host import fingerprint
@@ -138,6 +140,18 @@ def test_equal_shapes_are_one_shape_whatever_the_weights(ready: Ready, tmp_path:
     report = aim(tmp_path / "other", ready.data, TWICE, FORM, Run(tmp_path / "b", clock, silent))
     assert clock.seen == []
     assert report["predicted"]["speedup"] > 1
+
+
+def test_a_network_without_linear_layers_is_another_shape_at_another_size() -> None:
+    keys = []
+    for hw in ((64, 64), (96, 96)):
+        config = msgspec.structs.replace(WIDE, input_hw=hw, head="heatmap")
+        keys.append(aiming.shape_key(fold_batch_norms(network(config)), spec_of(config, KEYPOINTS), FORM))
+    assert keys[0].inputs == keys[1].inputs  # layer by layer they are the same
+    assert keys[0].digest != keys[1].digest
+    renamed = msgspec.structs.replace(spec_of(config, KEYPOINTS), name="another")
+    on_four = msgspec.structs.replace(FORM, target="elsewhere", threads=4)
+    assert aiming.shape_key(fold_batch_norms(network(config)), renamed, on_four).digest == keys[1].digest
 
 
 def test_pruning_takes_the_very_shape_that_was_timed(ready: Ready, tmp_path: Path) -> None:

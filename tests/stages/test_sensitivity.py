@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from edgepose.blocks.card import Card
-from edgepose.blocks.checkpoint import save_checkpoint
+from edgepose.blocks.card import Card, OwnModule
+from edgepose.blocks.checkpoint import load_checkpoint, save_checkpoint
 from edgepose.errors import UsageError
 from edgepose.stages.compress import StageData, quantise
-from edgepose.stages.sensitivity import ScanSettings, scan_sensitivity
+from edgepose.stages.sensitivity import ScanSettings, _place, scan_sensitivity
 from edgepose.stages.settings import QuantiseStage
 from edgepose.stages.source import Source
 from edgepose.training.loop import RunOptions
-from tests.training.dots import KEYPOINTS, NETWORK, dots, network
+from tests.training.dots import KEYPOINTS, NETWORK, SPEC, dots, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +75,15 @@ def test_other_people_have_figures_of_their_own(source: Source, data: StageData,
     scan_sensitivity(source, data, settings)
     assert scan_sensitivity(source, data, msgspec.structs.replace(settings, people=0)).people == 6
     assert len(list((tmp_path / "cache" / "scans").iterdir())) == 2
+
+
+def test_another_module_with_the_same_weights_has_figures_of_its_own(source: Source, data: StageData) -> None:
+    checkpoint = load_checkpoint(source.path)
+    places = set()
+    for structure in ("relu", "gelu"):
+        card = msgspec.structs.replace(checkpoint.card, own=OwnModule(SPEC, structure))
+        places.add(_place(dataclasses.replace(checkpoint, card=card), data, SETTINGS))
+    assert len(places) == 2
 
 
 def test_of_a_quantised_checkpoint_quantisation_is_scanned(source: Source, data: StageData, tmp_path: Path) -> None:
