@@ -237,7 +237,7 @@ def decide(turns: Turns) -> tuple[int, tuple[int, ...]]:
 
     Returns:
         The number of the arm, and those of the arms that may yet turn out to be faster than what they were held
-        against.
+        against, unless the arm that is kept would be kept all the same.
     """
     kept, undecided = 0, []
     for challenger in range(1, len(turns.arms)):
@@ -246,7 +246,12 @@ def decide(turns: Turns) -> tuple[int, tuple[int, ...]]:
             kept = challenger
         elif low < 1 - LEAST_GAIN:
             undecided.append(challenger)
-    return kept, tuple(undecided)
+    return kept, tuple(arm for arm in undecided if arm > kept or not _beaten(turns, arm, kept))
+
+
+def _beaten(turns: Turns, arm: int, later: int) -> bool:
+    """Whether an arm, had it been kept, would have lost its place to a later one."""
+    return _bounds(turns.between(arm, later))[1] < 1 - LEAST_GAIN
 
 
 def _bounds(found: LatencyComparison) -> tuple[float, float]:

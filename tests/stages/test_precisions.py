@@ -130,6 +130,14 @@ def test_what_noise_hides_is_undecided_and_the_accurate_one_stays() -> None:
     assert undecided
 
 
+def test_what_the_winner_beats_in_any_case_need_not_be_decided() -> None:
+    timer = FakeTimer({"fp32": 1.0, "bf16": 1.0, "int8": 0.1}, noise=0.3, between=0.3)
+    turns = timer(ARMS, precisions._PROTOCOL, first_group=0)
+    low, high = precisions._bounds(turns.between(0, 1))
+    assert low < 1 - precisions.LEAST_GAIN <= high  # nobody can tell whether BF16 is faster than FP32
+    assert decide(turns) == (2, ())
+
+
 # A place is settled
 
 
