@@ -65,7 +65,7 @@ class _Given(msgspec.Struct):
 
 
 class _Restoration(msgspec.Struct):
-    unit: str
+    unit: str | None
     lost: float
     trials: list[_Trial]
     path: list[_Given]

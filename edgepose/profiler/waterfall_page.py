@@ -61,7 +61,7 @@ def _summary(found: Waterfall) -> str:
                 f"</strong> against {escape(base.title)} (95 % bounds {_bounds(change)}); detectable "
                 f"from {_detectable(change)}.</p>"
             )
-    if any(step.kind == "control" for step in found.steps):
+    if found.reference and any(step.kind == "control" for step in found.steps):
         better = escape(found.step(found.reference).title)
         lines.append(f"<p>Totals are against the better of float network and control: {better}.</p>")
     return "".join(lines)

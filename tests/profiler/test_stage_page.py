@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from edgepose.compress.restore import Budget, Restoration
 from edgepose.compress.staircase import Timing
 from edgepose.profiler.stage_page import Scan, ScanRow, sensitivity_section, stage_sections
 from edgepose.stages.latency import Achieved, Form, Stair, Staircase
@@ -76,6 +77,12 @@ def test_layers_given_back() -> None:
     text = page_of({"ptq": {"restoration": RESTORATION}}).text
     assert "ptq: 1.25 points lost with all layers integer; 1 given back, the budget holds." in text
     assert "+0.80" in text
+
+
+def test_a_budget_that_held_from_the_start_is_said() -> None:
+    found = Restoration(Budget(0.55, 0.5), lost=0.25)
+    text = page_of({"ptq": {"max_drop": {"metric": "pck_torso_0.2", **msgspec.to_builtins(found)}}}).text
+    assert "ptq: 0.25 points lost with all layers integer; 0 given back, the budget holds." in text
 
 
 def test_reports_of_another_shape_are_left_out() -> None:

@@ -87,7 +87,9 @@ def test_without_people_the_recorded_figures_are_shown_and_labelled() -> None:
 def test_without_a_reference_there_are_changes_but_no_totals() -> None:
     rest = evidence()
     rest[0] = dataclasses.replace(rest[0], accuracy=None, why="gone")
-    page = page_of(waterfall([*rest, dataclasses.replace(rest[2], name="onnx", kind="onnx")], KEYPOINTS, PEOPLE))
+    control = Evidence("control", "control", "control", "torch", "gone as well")
+    onnx = dataclasses.replace(rest[2], name="onnx", kind="onnx")
+    page = page_of(waterfall([control, *rest, onnx], KEYPOINTS, PEOPLE))
     assert "Slice by slice" in page.text
     assert "Joint by joint" not in page.text
 
