@@ -19,7 +19,7 @@ from edgepose.blocks.card import Card, Lineage, read_card
 from edgepose.blocks.zoo import find_checkpoint, zoo_names
 from edgepose.bundle import BundleDraft, GoldenDraft
 from edgepose.data.coco import PoseDataset, dataset
-from edgepose.data.splits import image_digests, split_train
+from edgepose.data.splits import image_digests, people_for
 from edgepose.errors import AnnotationError, CheckpointError, UsageError
 from edgepose.host import cache_directory, fingerprint
 from edgepose.pose.codec import decode
@@ -204,16 +204,7 @@ def _start(request: CompileRequest, observer: Observer) -> _Build:
     card = read_card(source.path)
     check_out(request.out, _origin(request, card), replace=request.replace)
     check_metric(request.recipe, card)
-    people = None
-    if request.data is not None:
-        people = split_train(dataset(request.data, "train"))
-        if people[0].keypoints.names != card.keypoints.names:
-            raise CheckpointError(
-                card.name,
-                found=f"a network for {card.keypoints.count} keypoints",
-                expected=f"the {people[0].keypoints.count} of {request.data}",
-                fix="choose data with the network's keypoints, or train a network for these",
-            )
+    people = None if request.data is None else people_for(card.name, card.keypoints, request.data)
     plan = plan_of(request.recipe, targets)
     quantised = plan.quantise is not None or card.quantisation is not None
     places = contests(orders, request.recipe.precisions, "int8" if quantised else "fp32")

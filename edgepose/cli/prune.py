@@ -21,8 +21,7 @@ from edgepose.cli.console import STDOUT, note, say, show_table, write_json
 from edgepose.cli.options import StdoutJsonFlag, check_outputs
 from edgepose.cli.prune_scan import scan
 from edgepose.cli.subject import find_subject
-from edgepose.data.coco import dataset
-from edgepose.data.splits import split_train
+from edgepose.data.splits import people_for
 from edgepose.errors import CheckpointError, MissingDependency, UsageError
 from edgepose.profiles import load_target
 from edgepose.recipe import Prune, Recipe, load_recipe
@@ -236,14 +235,7 @@ def _check_data(settings: PruneStage, data: Path | None) -> None:
 
 
 def _people(data: Path, card: Card) -> StageData:
-    train, dev = split_train(dataset(data, "train"))
-    if train.keypoints.names != card.keypoints.names:
-        raise CheckpointError(
-            card.name,
-            found=f"a network for {card.keypoints.count} keypoints",
-            expected=f"the {train.keypoints.count} of {data}",
-            fix="choose data with the network's keypoints",
-        )
+    train, dev = people_for(card.name, card.keypoints, data)
     _require_torch()
     from edgepose.stages.compress import StageData
 

@@ -18,9 +18,8 @@ from edgepose.blocks.card import paths_of, read_card
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.cli.console import STDOUT, note, say, show_table, steps, write_json
 from edgepose.cli.options import SeedFlag, check_outputs
-from edgepose.data.coco import dataset
-from edgepose.data.splits import split_train
-from edgepose.errors import CheckpointError, MissingDependency, UsageError
+from edgepose.data.splits import people_for
+from edgepose.errors import MissingDependency, UsageError
 from edgepose.host import physical_cores
 from edgepose.profiler.markup import section, table
 from edgepose.profiler.report import Report, render_report
@@ -63,12 +62,7 @@ def scan(
     source, page = find_checkpoint(model), out.with_suffix(".html")
     check_outputs([out, page], paths_of(source))
     card = read_card(source)
-    train, dev = split_train(dataset(data, "train"))
-    if train.keypoints.names != card.keypoints.names:
-        raise CheckpointError(
-            card.name, found=f"a network for {card.keypoints.count} keypoints",
-            expected=f"the {train.keypoints.count} of {data}", fix="choose data with the network's keypoints",
-        )  # fmt: skip
+    train, dev = people_for(card.name, card.keypoints, data)
     _require(threads)
     from edgepose.stages.compress import StageData
     from edgepose.stages.sensitivity import scan_sensitivity

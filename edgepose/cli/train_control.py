@@ -13,9 +13,8 @@ from edgepose.blocks.zoo import find_checkpoint
 from edgepose.cli.compile import Watcher
 from edgepose.cli.console import say, steps
 from edgepose.cli.train_run import figures, require_torch
-from edgepose.data.coco import dataset
-from edgepose.data.splits import split_train
-from edgepose.errors import CheckpointError, UsageError
+from edgepose.data.splits import people_for
+from edgepose.errors import UsageError
 from edgepose.profiles import load_target
 from edgepose.recipe import load_recipe
 from edgepose.stages.control import control_phases, train_control
@@ -50,8 +49,8 @@ def train_control_arm(flags: Mapping[str, Any]) -> int:
     plan = plan_of(recipe, tuple(load_target(name) for name in recipe.targets))
     control_phases(plan)  # before any work
     source = Source(find_checkpoint(flags["source"]))
-    people = split_train(dataset(flags["data"], "train"))
-    _check_keypoints(source, people[0].keypoints.names)
+    card = read_card(source.path)
+    people = people_for(card.name, card.keypoints, flags["data"])
     require_torch(flags["threads"])
     with steps() as shown:
         phases = train_control(source, people, plan, flags["out"], (Watcher(shown), flags["workers"]))
@@ -59,14 +58,3 @@ def train_control_arm(flags: Mapping[str, Any]) -> int:
     reached = {name: value for name, value in phases[-1].report["dev"].items() if value is not None}
     say(f"{paths_of(flags['out'])[0]}: {trained} epochs in {len(phases)} phases, on dev {figures(reached)}")
     return 0
-
-
-def _check_keypoints(source: Source, names: tuple[str, ...]) -> None:
-    card = read_card(source.path)
-    if card.keypoints.names != names:
-        raise CheckpointError(
-            card.name,
-            found=f"a network for {card.keypoints.count} keypoints",
-            expected=f"the {len(names)} of the data",
-            fix="choose data with the network's keypoints",
-        )

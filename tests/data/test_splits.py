@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from edgepose.data.coco import Person, PoseDataset, dataset
-from edgepose.data.splits import dev_ids, draw_dev_ids, image_digests, some_images, split_train
-from edgepose.errors import UsageError
+from edgepose.data.splits import dev_ids, draw_dev_ids, image_digests, people_for, some_images, split_train
+from edgepose.errors import CheckpointError, DataUnavailable, UsageError
 from edgepose.spec import Keypoints
+from tests.training.dots import KEYPOINTS, dots
 
 
 def people(count: int, folder: Path = Path()) -> PoseDataset:
@@ -42,6 +43,16 @@ def test_committed_ids_win_over_the_rule(real_data: Path) -> None:
     assert dev_ids(smaller) == draw_dev_ids(smaller)
     assert len(dev_ids(smaller)) == 10
     assert set(dev_ids(smaller)) <= {p.annotation_id for p in smaller.persons}
+
+
+def test_people_fit_the_network_or_are_refused(tmp_path: Path) -> None:
+    whole = dots(tmp_path, "train", 20)
+    rest, dev = people_for("dots", KEYPOINTS, tmp_path)
+    assert (rest.digest, dev.digest) == tuple(part.digest for part in split_train(whole))
+    with pytest.raises(CheckpointError, match=f"net: found a network for 2 keypoints, expected the 4 of {tmp_path}"):
+        people_for("net", Keypoints(("a", "b")), tmp_path)
+    with pytest.raises(DataUnavailable):
+        people_for("dots", KEYPOINTS, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(1, 1), (2, 1), (5, 1), (20, 2), (95, 10)])

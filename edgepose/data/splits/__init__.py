@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 
-from edgepose.data.coco import PoseDataset
-from edgepose.errors import UsageError
+from edgepose.data.coco import PoseDataset, dataset
+from edgepose.errors import CheckpointError, UsageError
+from edgepose.spec import Keypoints
 
 _SHARE, _SEED = 0.1, 0
 
@@ -39,6 +41,30 @@ def split_train(train: PoseDataset) -> tuple[PoseDataset, PoseDataset]:
     """A training split without its dev people, and those people."""
     held_out = dev_ids(train)
     return train.without(held_out), train.subset(held_out)
+
+
+def people_for(network: str, keypoints: Keypoints, folder: Path) -> tuple[PoseDataset, PoseDataset]:
+    """A folder's training people without dev, and dev, for a network of these very keypoints.
+
+    Args:
+        network: Its name, for the error.
+        keypoints: What it finds.
+        folder: Has train.json and images/.
+
+    Raises:
+        CheckpointError: The people are labelled with other keypoints.
+        DataUnavailable: There are none.
+        AnnotationError: train.json breaks the format.
+    """
+    people = split_train(dataset(folder, "train"))
+    if people[0].keypoints.names != keypoints.names:
+        raise CheckpointError(
+            network,
+            found=f"a network for {keypoints.count} keypoints",
+            expected=f"the {people[0].keypoints.count} of {folder}",
+            fix="choose data with the network's keypoints, or train a network for these",
+        )
+    return people
 
 
 def some_images(train: PoseDataset, count: int, seed: int) -> PoseDataset:
