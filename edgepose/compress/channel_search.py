@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from edgepose.compress.channel_groups import ChannelGroup, Side
 from edgepose.compress.layers import is_depthwise, widths
 from edgepose.compress.macs import Macs
 from edgepose.errors import RecipeError
+from edgepose.recipe import Scope
 
 _UNIFORM_STEPS = 1000
 
@@ -38,7 +38,7 @@ class Budget:
     """
 
     ratio: float
-    scope: Literal["global", "uniform"]
+    scope: Scope
     round_to: int
     min_channels: int
     max_layer_ratio: float

@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgepose.compress.channel_groups import ChannelGroup, Member
 from edgepose.compress.layers import is_depthwise, kind_of, widths
-from edgepose.compress.plan import Importance
 from edgepose.errors import RecipeError
+from edgepose.recipe import Importance
 
 Losses = Callable[[nn.Module], Iterable[Tensor]]
 """Given a network, yields one scalar training loss per batch, fresh from its forward pass."""

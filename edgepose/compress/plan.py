@@ -21,12 +21,11 @@ from edgepose.compress.fold import fold_branches
 from edgepose.compress.layers import Kind, is_depthwise, kind_of, widths
 from edgepose.compress.sparsity import GROUP, sparsify
 from edgepose.errors import CheckpointError
+from edgepose.recipe import Importance, Pattern, Scope
 from edgepose.spec import PositiveInt
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
-Importance = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
-Pattern = Literal["2:4"]
 
 
 class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +54,7 @@ class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ratio: Share
     importance: Importance = "l2"
-    scope: Literal["global", "uniform"] = "global"
+    scope: Scope = "global"
     round_to: PositiveInt = 16
     min_channels: PositiveInt = 8
     max_layer_ratio: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.75
