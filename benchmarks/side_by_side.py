@@ -32,7 +32,6 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # instead of this folder, whose files are the package `benchmarks`
 
 import msgspec  # noqa: E402
-import numpy as np  # noqa: E402
 
 from benchmarks.claims import INTERRUPTED, data_root  # noqa: E402
 from benchmarks.context import THREADS, Context  # noqa: E402
@@ -41,12 +40,12 @@ from benchmarks.subjects import METRIC, compiled, lspet, val_people  # noqa: E40
 from edgepose.blocks.zoo import find_checkpoint, zoo_names  # noqa: E402
 from edgepose.bundle import Bundle, check_engine  # noqa: E402
 from edgepose.cli.console import steps  # noqa: E402
-from edgepose.data.coco import PoseDataset, dataset, read_image  # noqa: E402
+from edgepose.data.coco import PoseDataset, dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
 from edgepose.errors import DataUnavailable, EdgeposeError, UsageError  # noqa: E402
 from edgepose.estimator import PoseEstimator, choose_engine  # noqa: E402
 from edgepose.host import fingerprint  # noqa: E402
-from edgepose.pose.preprocess import crop_transforms, normalise, warp  # noqa: E402
+from edgepose.pose.preprocess import normalise  # noqa: E402
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate, json_from_record, record_from_json, summary  # noqa: E402
 from edgepose.profiler.gate import judge_accuracy  # noqa: E402
 from edgepose.profiler.record import LatencyComparison, ModelArm  # noqa: E402
@@ -203,11 +202,9 @@ def calibration_images(context: Context, spec: ModelSpec) -> Images:
 
 def images_of(people: PoseDataset, spec: ModelSpec) -> Images:
     """The network's inputs for some people, (P, 3, h, w) float32."""
-    boxes = np.stack([person.box_xyxy for person in people.persons])
-    transforms = crop_transforms(boxes, spec.preprocess)
-    hw = spec.preprocess.input_hw
-    crops = [warp(read_image(p.image), t[None], hw)[0] for p, t in zip(people.persons, transforms, strict=True)]
-    return normalise(np.stack(crops), spec.preprocess)
+    from edgepose.training.predict import cut_crops  # with torch, which the command's --help does not need
+
+    return normalise(cut_crops(people, spec).pixels, spec.preprocess)
 
 
 def people_of(context: Context, split: Split) -> PoseDataset:

@@ -46,6 +46,10 @@ def val_people(context: Context) -> PoseDataset:
 # ----------------------------------------------------------------------------------------------------------- bundles
 
 
+_CHANGING = ("sparse", "prune", "recover", "qat")
+"""Stages, or what their names begin with where there are several, that only --full may run."""
+
+
 @dataclass(slots=True)
 class _Watcher:
     """Passes a compile's progress on; refuses stages that only --full may run."""
@@ -55,7 +59,7 @@ class _Watcher:
     stage: str = ""
 
     def started(self, stage: str) -> None:
-        if stage in ("prune", "recover", "qat") and not self.may_train:
+        if stage.partition("-")[0] in _CHANGING and not self.may_train:
             raise CheckpointError(
                 f"stage {stage}",
                 found="no committed checkpoint that went through it with the recipe's settings",

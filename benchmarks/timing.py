@@ -11,11 +11,12 @@ import msgspec
 import numpy as np
 
 from benchmarks.claim import Measured
-from benchmarks.context import Context
+from benchmarks.context import THREADS, Context
+from edgepose.blocks.zoo import find_checkpoint
 from edgepose.bundle import Bundle, check_engine
 from edgepose.estimator import choose_engine
 from edgepose.profiler.pairs import compare_latency
-from edgepose.profiler.record import Arm, LatencyComparison, LatencyProtocol, ModelArm
+from edgepose.profiler.record import Arm, CallableArm, LatencyComparison, LatencyProtocol, ModelArm
 from edgepose.spec import Backend
 
 
@@ -34,6 +35,19 @@ def engine_arm(label: str, bundle: Bundle, backend: Backend) -> ModelArm:
     """One engine of a bundle; OpenVINO's runs with its precision pinned to what the engine was built for."""
     engine = choose_engine(bundle, backend)
     return ModelArm(label, str(check_engine(bundle, engine)), backend, engine.precision)
+
+
+def torch_arms(network: str) -> tuple[CallableArm, ...]:
+    """A zoo network in torch eager in both memory layouts: which one is its best depends on the processor."""
+    checkpoint = str(find_checkpoint(network))
+    return tuple(
+        CallableArm(
+            f"{network} FP32 in torch eager, {'channels last' if channels_last else 'contiguous'}",
+            "edgepose.stages.checkpoint_session:torch_call",
+            {"path": checkpoint, "channels_last": channels_last, "threads": THREADS},
+        )
+        for channels_last in (False, True)
+    )
 
 
 def compare(context: Context, base: Arm, candidate: Arm, protocol: LatencyProtocol) -> LatencyComparison:

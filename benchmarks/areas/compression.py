@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import side_by_side
 from benchmarks.claim import Claim, Measured
-from benchmarks.context import THREADS, Context
+from benchmarks.context import Context
 from benchmarks.losses import control_name, lost
 from benchmarks.subjects import (
     METRIC,
@@ -27,7 +27,7 @@ from benchmarks.subjects import (
     run_record_lines,
     val_people,
 )
-from benchmarks.timing import engine_arm, ort_arms, speedup
+from benchmarks.timing import engine_arm, ort_arms, speedup, torch_arms
 from edgepose.blocks.card import read_card
 from edgepose.blocks.zoo import find_checkpoint, zoo_names
 from edgepose.bundle import Bundle
@@ -35,7 +35,6 @@ from edgepose.errors import CheckpointError
 from edgepose.profiler import stats
 from edgepose.profiler.accuracy import AccuracyRecord, person_sums, summary
 from edgepose.profiler.gate import judge_accuracy
-from edgepose.profiler.record import CallableArm
 from edgepose.profiler.rules import AccuracyRule
 from edgepose.profiler.turns import time_in_turns
 from edgepose.spec import Backend
@@ -125,16 +124,7 @@ def _speedup_ort(network: str) -> Callable[[Context], Measured]:
 
 def speedup_torch(context: Context) -> Measured:
     """The compressed engine against torch eager in the faster of both memory layouts."""
-    checkpoint = str(find_checkpoint(KPE))
-    base = [
-        CallableArm(
-            f"{KPE} FP32 in torch eager, {'channels last' if channels_last else 'contiguous'}",
-            "benchmarks.torch_arm:torch_eager",
-            {"checkpoint": checkpoint, "channels_last": channels_last, "threads": THREADS},
-        )
-        for channels_last in (False, True)
-    ]
-    return speedup(context, base, ort_arms(f"{KPE} {SMALL} in ONNX Runtime", _compressed(context, KPE)))
+    return speedup(context, torch_arms(KPE), ort_arms(f"{KPE} {SMALL} in ONNX Runtime", _compressed(context, KPE)))
 
 
 def _int8_ratio(network: str, backend: Backend) -> Callable[[Context], Measured]:

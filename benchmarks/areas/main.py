@@ -24,12 +24,12 @@ from benchmarks.subjects import (
     torch_record,
     val_people,
 )
-from benchmarks.timing import compare, engine_arm, ort_arms, speedup
+from benchmarks.timing import compare, engine_arm, ort_arms, speedup, torch_arms
 from edgepose.blocks.card import read_card
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.bundle import Bundle
 from edgepose.errors import EdgeposeError
-from edgepose.profiler.record import CallableArm, ModelArm
+from edgepose.profiler.record import ModelArm
 
 NETWORK, COMPRESSING = "kpe-s", "prune-qat-int8"
 LOST_POINTS, SLOW_RATIO = 5.0, 1.10
@@ -76,16 +76,7 @@ def speedup_ort(context: Context) -> Measured:
 
 def speedup_torch(context: Context) -> Measured:
     """The compressed engine against torch eager in the faster of both memory layouts."""
-    checkpoint = str(find_checkpoint(NETWORK))
-    base = [
-        CallableArm(
-            f"{NETWORK} FP32 in torch eager, {'channels last' if channels_last else 'contiguous'}",
-            "benchmarks.torch_arm:torch_eager",
-            {"checkpoint": checkpoint, "channels_last": channels_last, "threads": THREADS},
-        )
-        for channels_last in (False, True)
-    ]
-    return speedup(context, base, ort_arms(f"{NETWORK} {COMPRESSING} in ONNX Runtime", _small(context)))
+    return speedup(context, torch_arms(NETWORK), ort_arms(f"{NETWORK} {COMPRESSING} in ONNX Runtime", _small(context)))
 
 
 def int8_ratio_ort(context: Context) -> Measured:
