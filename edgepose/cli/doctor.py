@@ -84,7 +84,7 @@ def _backend(backend: Backend, host: Fingerprint) -> BackendState:
     installed = backend in installed_backends()
     version = next((host.libraries[name] for name in _distributions(backend) if name in host.libraries), "")
     if backend in ("tensorrt", "tensorrt-rtx"):
-        from edgepose.runtime.tensorrt import diagnose
+        from edgepose.runtime.trt_diagnosis import diagnose
 
         missing = tuple((item.found, item.fix) for item in diagnose(backend))
         return BackendState(backend, installed, not missing, version, missing)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import assert_never, get_args
+from typing import TYPE_CHECKING, Literal, assert_never, get_args
 
 from edgepose.errors import BackendUnavailable, EdgeposeError, MissingDependency, UsageError
 from edgepose.host import physical_cores
@@ -15,13 +15,16 @@ from edgepose.runtime.session import Session, check_feeds
 from edgepose.spec import Backend, Precision
 from edgepose.telemetry import block_telemetry
 
+if TYPE_CHECKING:
+    from edgepose.runtime.tensorrt import TensorrtOptions
+
 block_telemetry()  # before any leaf imports openvino
 
 __all__ = ["BACKENDS", "EXECUTABLE", "Session", "check_feeds", "extra_of", "installed_backends", "open_session"]
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 EXECUTABLE: tuple[Backend, ...] = ("onnxruntime", "openvino")
-"""Those that this release can execute engines of; TensorRT engines can be stored and described, not yet run."""
+"""Those that are taken by themselves; TensorRT engines are opened where they are asked for by name."""
 
 _EXTRAS: dict[Backend, str] = {
     "onnxruntime": "ort",
@@ -48,20 +51,24 @@ def open_session(
     threads: int = 0,
     precision: Precision = "fp32",
     spinning: bool = False,
+    tensorrt: TensorrtOptions | None = None,
 ) -> Session:
     """Loads an engine.
 
     Args:
         path: The engine's file.
         backend: The runtime to execute it with.
-        threads: Threads of one inference; 0 takes all physical cores this process may use.
-        precision: Arithmetic of what the engine does not quantise; ONNX Runtime on the CPU has FP32 only.
+        threads: Threads of one inference; 0 takes all physical cores this process may use. A GPU has none to count.
+        precision: Arithmetic of what the engine does not quantise; ONNX Runtime on the CPU has FP32 only. TensorRT
+            engines have had theirs fixed when they were built.
         spinning: Whether idle threads of ONNX Runtime wait actively (OpenVINO's never do for long).
+        tensorrt: How TensorRT engines are executed: who calls CUDA, graphs, trusted keys.
 
     Raises:
         MissingDependency: The backend's package is not installed.
         BackendUnavailable: It is, but cannot be loaded, or lacks the device, driver or precision.
         BadInput: The engine's file cannot be read.
+        IntegrityError: A TensorRT engine of another machine, or one that nothing proves to be from here.
         UsageError: A combination that does not exist.
     """
     if backend not in BACKENDS:
@@ -70,13 +77,23 @@ def open_session(
         raise UsageError("threads", found=str(threads), expected="0 (all physical cores) or more")
     if spinning and backend != "onnxruntime":
         raise UsageError("spinning", found=f"backend {backend}", expected="onnxruntime", fix="leave it off")
+    if tensorrt is not None and backend not in ("tensorrt", "tensorrt-rtx"):
+        raise UsageError(
+            "tensorrt", found=f"backend {backend}", expected="tensorrt or tensorrt-rtx", fix="leave it out"
+        )
     try:
+        if backend == "tensorrt" or backend == "tensorrt-rtx":  # noqa: PLR1714 - mypy narrows by these alone
+            from edgepose.runtime.tensorrt import open_engine
+
+            return open_engine(Path(path), backend, tensorrt)
         return _open(Path(path), backend, threads or physical_cores(), precision, spinning)
     except ImportError as err:
         raise _import_fault(backend, err) from err
 
 
-def _open(path: Path, backend: Backend, threads: int, precision: Precision, spinning: bool) -> Session:
+def _open(
+    path: Path, backend: Literal["onnxruntime", "openvino"], threads: int, precision: Precision, spinning: bool
+) -> Session:
     match backend:
         case "onnxruntime":
             if precision in ("bf16", "fp16"):
@@ -88,10 +105,6 @@ def _open(path: Path, backend: Backend, threads: int, precision: Precision, spin
             from edgepose.runtime.openvino import OpenvinoSession
 
             return OpenvinoSession(path, threads=threads, precision=precision)
-        case "tensorrt" | "tensorrt-rtx":
-            from edgepose.runtime.tensorrt import session_fault
-
-            raise session_fault(path, backend)
         case _:
             assert_never(backend)
 

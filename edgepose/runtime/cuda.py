@@ -59,7 +59,7 @@ class CudaError(EnvironmentFault):
     @property
     def of_capture(self) -> bool:
         """Whether only the capturing of a graph failed (cudaErrorStreamCapture…), and the device is as well as ever."""
-        return 900 <= self.code <= 909
+        return 900 <= self.code <= 908
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,26 @@ def _opened(name: Literal["cuda-python", "ctypes", "pycuda"]) -> Cuda:
             assert_never(name)
     cuda.device()
     return cuda
+
+
+def installed_ways() -> tuple[CudaChoice, ...]:
+    """Backends whose library is here, whether or not it finds a driver."""
+    found: list[CudaChoice] = []
+    if _exists("cuda.bindings.runtime") or _exists("cuda.cudart"):
+        found.append("cuda-python")
+    with suppress(ImportError):
+        _found_library()
+        found.append("ctypes")
+    if _exists("pycuda.driver"):
+        found.append("pycuda")
+    return tuple(found)
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # no package of that name at all; or loaded by hand
+        return False
 
 
 def cuda_of_library(path: str | Path) -> Cuda:

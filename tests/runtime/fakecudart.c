@@ -1,8 +1,8 @@
 /* A CUDA runtime without a GPU, for tests: "device" memory is host memory that only copies and kernels may touch.
  *
  * Invariant: it is as lazy as a GPU may be, and stricter. Copies and kernels are done when the stream is synchronised,
- * not before; copies take pinned memory only; every address is checked against what was allocated; allocating or
- * synchronising during a capture spoils the capture. Every call is written to a log, and any can be made to fail.
+ * not before; copies take pinned memory only; every address is checked against what was allocated; allocating during a
+ * capture, or synchronising the captured stream, spoils the capture. Every call is written to a log, and any can be made to fail.
  */
 #include <pthread.h>
 #include <stdio.h>
@@ -17,7 +17,7 @@ enum { MAX_THINGS = 4096, MAX_OPS = 256, LOG_BYTES = 1 << 18 };
 typedef struct { void *dst; const void *src; size_t bytes; float factor; int kernel; } Op;
 typedef struct { Op ops[MAX_OPS]; int count; } List;
 typedef struct { void *address; size_t bytes; int kind; } Thing;
-typedef struct { List queue, captured; int capturing, spoilt; } Stream;
+typedef struct { List queue, captured; int capturing, spoilt; pthread_t capturer; } Stream;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Thing things[MAX_THINGS];
@@ -67,13 +67,13 @@ static int drop(void *address, int kind) {
     return 0;
 }
 
-/* Calls that CUDA forbids while a stream is being captured spoil that capture. */
+/* What CUDA forbids a thread while it captures spoils its capture; other threads may go on (thread-local mode). */
 static int forbidden_now(void) {
     int found = 0;
     for (int i = 0; i < thing_count; i++) {
         if (things[i].kind != STREAM) continue;
         Stream *stream = things[i].address;
-        if (stream->capturing) stream->spoilt = found = 1;
+        if (stream->capturing && pthread_equal(stream->capturer, pthread_self())) stream->spoilt = found = 1;
     }
     return found ? CAPTURE_UNSUPPORTED : 0;
 }
@@ -130,21 +130,26 @@ int cudaMemcpyAsync(void *dst, const void *src, size_t bytes, int kind, void *st
 int cudaStreamSynchronize(void *handle) CALL(
     Stream *stream = handle;
     if (!thing_at(handle, STREAM)) status = BAD_HANDLE;
-    else if (!(status = forbidden_now())) {
+    else if (stream->capturing) { stream->spoilt = 1; status = CAPTURE_UNSUPPORTED; }
+    else {
         for (int i = 0; i < stream->queue.count && !status; i++) status = done(&stream->queue.ops[i]);
         stream->queue.count = 0;
     })
 int cudaStreamBeginCapture(void *handle, int mode) CALL(
     Stream *stream = handle;
     if (!thing_at(handle, STREAM) || mode != 1 || stream->capturing) status = CAPTURE_UNSUPPORTED;
-    else { stream->capturing = 1; stream->spoilt = 0; stream->captured.count = 0; })
-int cudaStreamEndCapture(void *handle, void **graph) CALL(
-    Stream *stream = handle;
+    else { stream->capturing = 1; stream->capturer = pthread_self(); stream->spoilt = 0; stream->captured.count = 0; })
+int cudaStreamEndCapture(void *handle, void **graph) { /* the capture is over, whatever this answers */
+    pthread_mutex_lock(&lock);
+    int status = enter(__func__);
+    Stream *stream = thing_at(handle, STREAM) ? handle : NULL;
     *graph = NULL;
-    if (!thing_at(handle, STREAM) || !stream->capturing) status = CAPTURE_INVALIDATED;
-    else if (stream->spoilt) status = CAPTURE_INVALIDATED;
-    else if (stream->captured.count && !(status = add(graph, sizeof(List), GRAPH))) *(List *)*graph = stream->captured;
-    stream->capturing = stream->spoilt = 0;)
+    if (!status && (!stream || !stream->capturing || stream->spoilt)) status = CAPTURE_INVALIDATED;
+    if (!status && stream->captured.count && !(status = add(graph, sizeof(List), GRAPH))) *(List *)*graph = stream->captured;
+    if (stream) stream->capturing = stream->spoilt = 0;
+    pthread_mutex_unlock(&lock);
+    return status;
+}
 int cudaGraphInstantiate(void **exec, void *graph, unsigned long long flags) CALL(
     if (!thing_at(graph, GRAPH) || flags) status = INVALID;
     else if (!(status = add(exec, sizeof(List), EXEC))) *(List *)*exec = *(List *)graph;)
