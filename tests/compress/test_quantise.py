@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from edgepose.compress.quantise import (
     tensors_of,
 )
 from edgepose.errors import CheckpointError, RecipeError, SpecError
+from edgepose.recipe import RangeEstimator
 from tests.export.networks import images, network
 
 BLOCKS = ("residual", "pyramid")
@@ -171,6 +173,22 @@ def test_calibration_data_of_the_wrong_kind_is_refused(
 ) -> None:
     with pytest.raises(SpecError, match=found):
         prepare(folded, batches)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_each_range_estimator_finds_ranges_of_its_own_kind(folded: nn.Module, symmetric: bool) -> None:
+    batches = [images(4, seed) for seed in (1, 2, 3)]
+    batches[2][0] *= 6  # an outlier among the images
+    scales = {}
+    for estimator in get_args(RangeEstimator):
+        module = prepare(folded, batches, QuantiseConfig(estimator=estimator, symmetric=symmetric))
+        ranges = convert(module)[1]
+        assert all(entry.symmetric for entry in ranges.ranges) or not symmetric
+        scales[estimator] = ranges.by_key["post_hooks.images__0"].scale[0]
+    assert scales["default"] == scales["mean-minmax"]
+    assert scales["minmax"] > scales["mean-minmax"] > scales["median-minmax"]
+    assert scales["quantile"] < scales["mean-minmax"]
+    assert 0 < scales["histogram"] < 1.01 * scales["minmax"]
 
 
 def test_only_as_many_images_are_used_as_asked_for(folded: nn.Module) -> None:
