@@ -4,8 +4,9 @@ Invariant: every handle and every address is an int, which is what TensorRT take
 `CudaError` that names the call and CUDA's own name of the error. Importing this loads no CUDA library.
 
 Without a GPU, the order of calls, the error paths and the clean-up were run against a small libcudart written in C
-(tests/runtime/fakecudart.c), and the ways of finding out that there is no driver against NVIDIA's own libraries. On a
-real GPU, nothing here was run; the pycuda backend was run against no library at all.
+(tests/runtime/fakecudart.c), and the ways of finding out that there is no driver against NVIDIA's own libraries; the
+pycuda backend ran over a stand-in for pycuda only. On a real GPU, nothing here has run yet: tests/runtime/
+test_real_gpu.py does it where there is one.
 """
 
 from __future__ import annotations
