@@ -1,4 +1,4 @@
-"""JSON Schemas of recipes, targets, gate rules and training settings, which editors check YAML by.
+"""JSON Schemas of recipes, targets, gate rules, training settings and foreign networks, which editors check YAML by.
 
 Invariant: the schemas are generated from the structs that decode the files; a test fails while the files differ.
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from edgepose.importer.spec import ImportSpec
 from edgepose.profiler.rules import GateRules
 from edgepose.profiles import profiles_root
 from edgepose.recipe import Recipe
@@ -23,7 +24,13 @@ from edgepose.spec import Target
 from edgepose.storage import atomic_write
 from edgepose.training.config import TrainConfig
 
-STRUCTS: dict[str, Any] = {"gate": GateRules, "recipe": Recipe, "target": Target, "training": TrainConfig}
+STRUCTS: dict[str, Any] = {
+    "gate": GateRules,
+    "import": ImportSpec,
+    "recipe": Recipe,
+    "target": Target,
+    "training": TrainConfig,
+}
 
 
 def schema_texts() -> dict[str, bytes]:
