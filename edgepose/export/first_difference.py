@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from edgepose.compress.ranges import Ranges
 from edgepose.export.int8_reasons import origin
-from edgepose.export.marks import HEAVY, marks_of, modules_of
+from edgepose.export.marks import marks_of
+from edgepose.export.notes import HEAVY, modules_of
 
 Values = Mapping[str, NDArray[Any]]
 Probe = Callable[[tuple[str, ...]], Values]

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 
 from edgepose.errors import OnnxError
 from edgepose.export.int8_share import Achieved, FloatLayer, Int8Share
-from edgepose.export.marks import HEAVY, floats_of, modules_of
+from edgepose.export.notes import HEAVY, floats_of, modules_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from edgepose.compress.ranges import Ranges
 from edgepose.errors import OnnxError, ParityError
-from edgepose.export.marks import note_modules
+from edgepose.export.notes import note_modules
 from edgepose.export.parity import ParityReport, Tolerance, compare
 from edgepose.spec import ModelSpec, TensorSpec
 from edgepose.storage import atomic_file

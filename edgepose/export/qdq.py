@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from edgepose.compress.ranges import Range, Ranges, check_ranges
 from edgepose.errors import OnnxError, UsageError
-from edgepose.export.marks import FLOATS_KEY, HEAVY, METADATA_KEY, FloatNode, Mark, marks_of, modules_of
+from edgepose.export.marks import METADATA_KEY, Mark, marks_of
+from edgepose.export.notes import FLOATS_KEY, HEAVY, FloatNode, modules_of
 from edgepose.export.qdq_spelling import constant, respell
 from edgepose.spec import Backend
 from edgepose.storage import atomic_file

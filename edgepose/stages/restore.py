@@ -102,7 +102,7 @@ def prices_of(wrapped: nn.Module, spec: ModelSpec) -> Prices:
 def _saved_ms(wrapped: nn.Module, spec: ModelSpec) -> dict[str, float]:
     import onnx_ir as ir
 
-    from edgepose.export.marks import modules_of
+    from edgepose.export.notes import modules_of
     from edgepose.export.onnx import onnx_from_torch
     from edgepose.export.ort import kernel_times_ms
     from edgepose.export.qdq import quantised_onnx

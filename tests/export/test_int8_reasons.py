@@ -15,7 +15,7 @@ from edgepose.errors import OnnxError
 from edgepose.export.engine import int8_share
 from edgepose.export.int8_reasons import achieved, origin, read_asked
 from edgepose.export.int8_share import Int8Share, Kernel
-from edgepose.export.marks import modules_of
+from edgepose.export.notes import modules_of
 from edgepose.export.ort import kernel_times_ms
 from edgepose.export.qdq import quantised_onnx
 from edgepose.runtime import open_session
