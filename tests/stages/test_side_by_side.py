@@ -16,11 +16,12 @@ from edgepose.blocks.checkpoint import save_checkpoint
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import ParityError
 from edgepose.export.openvino import openvino_from_onnx
+from edgepose.pose import metrics
 from edgepose.stages.cache import StageResult
 from edgepose.stages.compress import NETWORK, StageData, quantise
 from edgepose.stages.export import FLOAT_ONNX, MODEL, export
 from edgepose.stages.settings import QuantiseStage
-from edgepose.stages.side_by_side import Form, allowed_points, form_of, side_by_side
+from edgepose.stages.side_by_side import GAP_POINTS, Form, _bounds, form_of, side_by_side
 from edgepose.stages.source import Source
 from edgepose.training.loop import RunOptions, fit
 from tests.training.dots import CONFIG, KEYPOINTS, SPEC, dots, network
@@ -85,7 +86,9 @@ def test_all_forms_of_a_network_are_as_accurate(kind: str, made: Made, tmp_path:
     assert report["people"] == 16
     assert report["figures"]["torch"]["pck_torso_0.2"] > 0.4
     for name in names[1:]:
-        assert abs(report["gaps"][name]["pck_torso_0.2"]) <= allowed_points(16, 4)
+        low, high = report["judged"]["ci95"][name]
+        assert low <= report["gaps"][name]["pck_torso_0.2"] <= high
+        assert abs(report["gaps"][name]["pck_torso_0.2"]) <= 15
         if kind == "float":
             assert report["figures"][name] == pytest.approx(report["figures"]["torch"], abs=1e-4)
 
@@ -123,7 +126,7 @@ def test_an_engine_that_is_meant_to_be_another_network_is_only_reported(made: Ma
     file = spoilt(made.export / MODEL, "block.head.maps", tmp_path / "narrow.onnx")
     form = Form("narrow", file, "onnxruntime", "int8", same=False)
     report = side_by_side(made.quantised, made.dev, made.export, [form])
-    assert report["gaps"]["narrow"]["pck_torso_0.2"] < -allowed_points(16, 4)
+    assert report["gaps"]["narrow"]["pck_torso_0.2"] < -15
     with pytest.raises(ParityError):
         side_by_side(made.quantised, made.dev, made.export, [replace(form, same=True)])
 
@@ -139,7 +142,17 @@ def test_which_engines_are_meant_to_be_the_same() -> None:
     assert not form(precision="fp32", from_floats={}).same
 
 
-def test_the_limit_is_a_third_of_a_point_but_never_fewer_joints_than_chance_moves() -> None:
-    assert allowed_points(1000, 14) == 0.3
-    assert allowed_points(16, 4) == pytest.approx(100 * 10 / 64)
-    assert np.isfinite(allowed_points(0, 0))
+def test_joints_that_fell_the_other_way_by_chance_are_no_fault(made: Made) -> None:
+    """Two of 64 joints are 3 points, but as many might have come right."""
+    truth = np.stack([person.keypoints for person in made.dev.persons])
+    predicted = np.repeat(truth[None, ..., :2], 2, axis=0)
+    predicted[0, 0, 0] += 1000
+    predicted[1, 1:3, 1] += 1000
+    torch_joints, others = (metrics.measure(places, truth, made.dev.keypoints) for places in predicted)
+    low, high = _bounds("pck_torso_0.2", torch_joints, others, made.dev)
+    assert low < -100 * 1 / truth[..., 2].astype(bool).sum() < high
+    assert high > -GAP_POINTS
+    worse = predicted[0].copy()
+    worse[:, 2] += 1000
+    low, high = _bounds("pck_torso_0.2", torch_joints, metrics.measure(worse, truth, made.dev.keypoints), made.dev)
+    assert high < -GAP_POINTS
