@@ -1,36 +1,47 @@
-"""`edgepose inspect`: what a bundle or checkpoint holds and where it came from.
+"""`edgepose inspect`: what a bundle or checkpoint holds and where it came from, or what an ONNX file seems to be.
 
-Invariant: nothing is loaded but a manifest or a card; no weights, no runtime, no torch.
+Invariant: of bundles and checkpoints nothing is loaded but a manifest or a card; no weights, no runtime, no torch. What
+is proposed for an ONNX file is valid YAML on stdout, each line with how sure it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
 from edgepose.bundle import Bundle, read_bundle
-from edgepose.cli.console import STDOUT, show_facts, show_table, write_json
+from edgepose.cli.console import STDOUT, note, say, show_facts, show_table, write_json
 from edgepose.cli.options import StdoutJsonFlag
 from edgepose.cli.subject import find_subject
+from edgepose.errors import MissingDependency
 from edgepose.spec import Decoder, Heatmap, ModelSpec, OneStage, Regression, SimCC, TensorSpec
 
 EXAMPLES = (
     "edgepose inspect kpe-s.bundle",
     "edgepose inspect kpe-s",
     "edgepose inspect runs/mine.safetensors --json",
+    "edgepose inspect other.onnx > spec.yaml",
 )
 
 _LONG = 64  # characters of a value in the table of stages
 
 
 def inspect(
-    subject: Annotated[str, typer.Argument(metavar="NETWORK", help="A bundle, a checkpoint, or a name of the zoo.")],
+    subject: Annotated[
+        str, typer.Argument(metavar="NETWORK", help="A bundle, a checkpoint, a name of the zoo, or an ONNX file.")
+    ],
     json: StdoutJsonFlag = False,
 ) -> int:
-    """Show the network, the engines, the chain from data to engine, and what each stage reported."""
+    """Show the network, the engines, the chain from data to engine, and what each stage reported.
+
+    Of an ONNX file, propose the specification that `edgepose import` needs, and say of each line how sure it is.
+    """
+    if subject.lower().endswith(".onnx"):
+        return _propose(Path(subject), json=json)
     found = find_subject(subject)
     if found.is_bundle:
         bundle = read_bundle(found.path)
@@ -55,6 +66,28 @@ def inspect(
         _show_plan(card.plan)
     if card.quantisation is not None:
         show_facts({"quantised": _brief(card.quantisation)}, title="\nquantisation")
+    return 0
+
+
+def _propose(path: Path, *, json: bool) -> int:
+    try:
+        from edgepose.importer.onnx_file import read_onnx
+        from edgepose.importer.propose import as_yaml, propose
+    except ModuleNotFoundError as err:
+        raise MissingDependency(err.name or str(err), extra="compile", needed_for=f"inspecting {path}") from err
+    file = read_onnx(path)
+    proposal = propose(file, name=path.stem)
+    if json:
+        facts = {"file": str(path), "sha256": file.digest, "opset": file.opset, "notes": file.notes}
+        proposed = {"confidence": proposal.confidence, "lines": proposal.lines, "problems": proposal.problems}
+        write_json(STDOUT, {**facts, **proposed})
+        return 0
+    say(as_yaml(proposal).rstrip())
+    for line in file.notes:
+        note(line)
+    counts = {level: sum(line.confidence == level for line in proposal.lines) for level in ("sure", "likely", "guess")}
+    told = ", ".join(f"{count} {level}" for level, count in counts.items() if count)
+    note(f"{path.name}, opset {file.opset}: {told}; check what is not sure, then edgepose import {path} --spec FILE")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, version_converter
 
-from edgepose.data.render import render_person
+from edgepose.data.render import RenderedPerson, render_person
 from edgepose.errors import EnvironmentFault, OnnxError, SpecError
 from edgepose.export.parity import ParityReport, Tolerance, compare
 from edgepose.importer.adapt import adapted, preprocess_of
 from edgepose.importer.onnx_file import OnnxFile, check_graph, dims_of
-from edgepose.importer.spec import ImportSpec, OneStageOutput
+from edgepose.importer.spec import ImportSpec, InputImage, OneStageOutput
 from edgepose.importer.surgeon import Input, input_of, sized
 from edgepose.pose.codec import decode
 from edgepose.pose.preprocess import crop_transforms, normalise, warp
@@ -36,7 +37,7 @@ OPSET = 17
 
 _KEPT = 13  # from here on, reductions and slices take their axes as inputs, as the operators added here do
 _RESIZE = 11  # before, places of enlarged images were counted from corners
-_GOLDEN_PEOPLE = 16
+_GOLDEN_PEOPLE = 8
 _GOLDEN_VALUES = 2**22  # of all golden images together: 16 MB
 _SAME = Tolerance(absolute=1e-5, relative=1e-4)
 
@@ -138,22 +139,47 @@ def convert(file: OnnxFile, spec: ImportSpec) -> Converted:
     return Converted(model, finished, images[:taken], golden, (*file.notes, *notes), parity)
 
 
-def _people(preprocess: Preprocess, batch: int, *, whole: bool) -> NDArray[np.float32]:
+def own_answers(
+    file: OnnxFile, said: InputImage, mean_255: tuple[float, float, float], std_255: tuple[float, float, float]
+) -> Arrays:
+    """What a file answers, as it is, to a few rendered people who fill its input.
+
+    Args:
+        file: The file.
+        said: What is taken for its input.
+        mean_255: Subtracted from pixels, 0..255.
+        std_255: Divided by afterwards.
+
+    Raises:
+        OnnxError: It cannot be executed.
+    """
+    where = str(file.path)
+    source = input_of(file.model, said, where)
+    preprocess = Preprocess(source.hw, said.color, mean_255, std_255)
+    images = _people(preprocess, source.batch, whole=False, most=4)
+    return _batch_of(file.model, source, images, where)[1]
+
+
+def _people(preprocess: Preprocess, batch: int, *, whole: bool, most: int = _GOLDEN_PEOPLE) -> NDArray[np.float32]:
     """Rendered people as the network sees them, (N, 3, h, w): a bundle must not carry somebody's pictures."""
     height, width = preprocess.input_hw
-    count = max(4, min(_GOLDEN_PEOPLE, _GOLDEN_VALUES // (3 * height * width)))
+    count = max(4, min(most, _GOLDEN_VALUES // (3 * height * width)))
     if batch > 1:
         count = batch
-    generator = np.random.default_rng(0)
     crops = []
-    for _ in range(count):
-        person = render_person(generator)
+    for person in _rendered(count):
         rows, columns = person.image.shape[:2]
         x, y, w, h = person.bbox_xywh
         box = (0, 0, columns, rows) if whole else (x, y, x + w, y + h)
         transform = crop_transforms(np.array([box], np.float64), preprocess)
         crops.append(warp(person.image, transform, preprocess.input_hw, preprocess.border)[0])
     return normalise(np.stack(crops), preprocess)
+
+
+@cache
+def _rendered(count: int) -> tuple[RenderedPerson, ...]:
+    generator = np.random.default_rng(0)
+    return tuple(render_person(generator) for _ in range(count))
 
 
 def _golden_count(images: NDArray[np.float32]) -> int:
@@ -193,7 +219,7 @@ def _answers(model: ModelProto, fed: NDArray[Any], batch: int, where: str) -> Ar
     with tempfile.TemporaryDirectory(prefix="edgepose-") as folder:
         onnx.save(model, Path(folder, MODEL))
         try:
-            session = OrtSession(Path(folder, MODEL), threads=1)
+            session = OrtSession(Path(folder, MODEL), threads=1, quiet=True)
         except OnnxError as err:
             raise OnnxError(where, found=err.found, expected=err.expected) from err
         try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]  # no stubs are installed
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.inliner import inline_local_functions
 
@@ -64,6 +64,8 @@ def read_onnx(path: Path) -> OnnxFile:
         fix = "check that the file is complete and no Git LFS pointer"
         raise OnnxError(str(path), found="bytes that are no ONNX file, or a part of one", fix=fix) from err
     where = str(path)
+    if not _is_text(model):
+        raise OnnxError(where, found="names that are no text", expected="a whole file", fix="copy or export it again")
     if not model.HasField("graph") or not model.graph.node:
         raise OnnxError(where, found="a file without a graph", expected="an ONNX network", fix="check the file")
     if model.ir_version > onnx.IR_VERSION:
@@ -135,6 +137,19 @@ def _bytes_of(path: Path) -> bytes:
     if not raw:
         raise OnnxError(str(path), found="an empty file", expected="an ONNX file")
     return raw
+
+
+def _is_text(message: Message) -> bool:
+    """Whether every text is one: Protobuf gives what is no UTF-8 as bytes, and libraries do not expect that."""
+    for kind, value in message.ListFields():
+        if kind.type == kind.TYPE_STRING:
+            if not all(isinstance(text, str) for text in ((value,) if isinstance(value, (str, bytes)) else value)):
+                return False
+        elif kind.type == kind.TYPE_MESSAGE:
+            parts = (value,) if isinstance(value, Message) else value
+            if not all(_is_text(part) for part in parts):
+                return False
+    return True
 
 
 def _opset_of(model: ModelProto, where: str) -> int:

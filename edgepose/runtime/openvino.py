@@ -106,7 +106,14 @@ def _tensor_spec(port: Any) -> TensorSpec:
         size.get_length() if size.is_static else ("batch" if axis == 0 else f"dim{axis}")
         for axis, size in enumerate(port.partial_shape)
     )
-    return TensorSpec(name=port.any_name, shape=shape, dtype=str(port.element_type.to_dtype()))
+    return TensorSpec(name=_name_of(port), shape=shape, dtype=str(port.element_type.to_dtype()))
+
+
+def _name_of(port: Any) -> str:
+    """The name that the network's file gives an input or output; the tensor behind it may have others, too."""
+    names = port.get_names()
+    own = str(port.get_node().get_friendly_name()).partition("/sink_port_")[0]
+    return own if own in names else str(port.any_name)
 
 
 def _gist(err: RuntimeError) -> str:

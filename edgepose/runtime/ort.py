@@ -50,18 +50,22 @@ class OrtSession:
         threads: Intra-op threads, at least 1.
         spinning: Whether idle worker threads wait actively: a little faster alone, ruinous beside other work.
         optimise: Whether the graph is optimised; False computes node by node what the file says.
+        quiet: Whether ONNX Runtime keeps its own account of errors to itself: where they are expected.
 
     Raises:
         OnnxError: The file is missing or cannot be loaded.
     """
 
-    def __init__(self, path: Path, *, threads: int, spinning: bool = False, optimise: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, threads: int, spinning: bool = False, optimise: bool = True, quiet: bool = False
+    ) -> None:
         options = onnxruntime.SessionOptions()
         levels = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # warnings about optimised-away initialisers are no use to anyone here
+        # Warnings about optimised-away initialisers are no use to anyone here.
+        options.log_severity_level = 4 if quiet else 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
