@@ -5,10 +5,11 @@ Invariant: a check costs nothing and comes before any work, so that a wrong flag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
+import msgspec
 import typer
 
 from edgepose.errors import UsageError
@@ -63,6 +64,27 @@ def checked_precision(name: str | None) -> Precision | None:
     if name is not None and name not in known:
         raise UsageError("--precision", found=repr(name), expected=f"one of {', '.join(known)}")
     return cast("Precision | None", name)
+
+
+def flag_fault(
+    verb: str, err: msgspec.ValidationError, flags: Mapping[str, tuple[str, object]], fix: str
+) -> UsageError:
+    """What msgspec says of a struct that was made of flags, said of the flag at fault.
+
+    Args:
+        verb: Whose flags they are.
+        err: What it says.
+        flags: Flag and what was given, by the field of the struct that it became.
+        fix: What to do where no single flag is at fault.
+    """
+    said, _, place = str(err).partition(" - at `$.")
+    flag, given = flags.get(place.rstrip("`").partition("[")[0], ("", None))
+    if not flag:
+        return UsageError(verb, found=said, fix=fix)
+    wanted = said.removeprefix("Expected ") if said.startswith("Expected ") else ""
+    several = [f"{name}={value}" for name, value in given.items()] if isinstance(given, dict) else given
+    found = ", ".join(map(str, several)) if isinstance(several, list) else str(several)
+    return UsageError(flag, found=found, expected=wanted or "one of its choices", fix=f"see {verb} --help")
 
 
 def labelled_people(data: Path | None, split: str, annotations: Path | None, images: Path | None) -> PoseDataset:

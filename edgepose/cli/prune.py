@@ -18,7 +18,7 @@ from edgepose.blocks.card import Card, paths_of, read_card
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.bundle import read_bundle
 from edgepose.cli.console import STDOUT, note, say, show_table, write_json
-from edgepose.cli.options import StdoutJsonFlag, check_outputs
+from edgepose.cli.options import StdoutJsonFlag, check_outputs, flag_fault
 from edgepose.cli.prune_scan import scan
 from edgepose.cli.subject import find_subject
 from edgepose.data.splits import people_for
@@ -56,7 +56,7 @@ def prune() -> None:
 
 def plan(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", help="The plan, JSON.")],
+    out: Annotated[Path, typer.Option("--out", help="The plan, JSON (- for stdout).")],
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Take the settings of this recipe; flags win over it.")
     ] = None,
@@ -109,9 +109,13 @@ def plan(
     from edgepose.stages.compress import plan_network
 
     made = plan_network(source, people, settings)
-    atomic_write(out, plan_to_json(made))
-    show_table(PLAN_COLUMNS, plan_table(made), title=f"{card.name}: {settings.goal}, by {settings.importance}")
-    say(f"{out}: {_summary(made)}")
+    title = f"{card.name}: {settings.goal}, by {settings.importance}"
+    if out == STDOUT:
+        say(plan_to_json(made).decode().rstrip())
+    else:
+        atomic_write(out, plan_to_json(made))
+    show_table(PLAN_COLUMNS, plan_table(made), title=title, err=out == STDOUT)
+    (note if out == STDOUT else say)(f"{out}: {_summary(made)}")
     return 0
 
 
@@ -167,6 +171,12 @@ ACTIONS = (plan, show, apply, scan)
 """What stands behind `edgepose prune`; each is a command with flags of its own."""
 
 
+_FLAGS = {
+    "ratio": "--ratio", "importance": "--importance", "scope": "--scope", "ratios": "--layer", "protected": "--protect",
+    "depth": "--depth", "pattern": "--pattern",
+}  # fmt: skip
+
+
 def _settings(recipe: str | None, targets: Sequence[str], flags: dict[str, Any], seed: int | None) -> PruneStage:
     """What a recipe and flags come to."""
     base = Recipe("flags", "") if recipe is None else load_recipe(recipe)
@@ -181,9 +191,9 @@ def _settings(recipe: str | None, targets: Sequence[str], flags: dict[str, Any],
     try:
         prune = msgspec.convert({**fields, **flags}, Prune)
     except msgspec.ValidationError as err:
-        raise UsageError(
-            "edgepose prune plan", found=str(err), fix="give --ratio, --layer, --depth or --pattern"
-        ) from err
+        given = {name: (flag, flags.get(name)) for name, flag in _FLAGS.items()}
+        fix = "give --ratio, --layer, --depth or --pattern"
+        raise flag_fault("edgepose prune plan", err, given, fix) from err
     whole = msgspec.structs.replace(base, prune=prune, quantise=None, seed=base.seed if seed is None else seed)
     planned = plan_of(whole, tuple(load_target(name) for name in chosen))
     assert planned.prune is not None
@@ -247,7 +257,7 @@ def _plan_of(subject: str) -> PruningPlan:
     from edgepose.compress.plan import plan_from_json
 
     path = Path(subject)
-    if path.suffix == ".json" and path.is_file() and not paths_of(path)[0].is_file():
+    if path.is_file() and path.suffix != ".safetensors" and not paths_of(path)[0].is_file():
         return _read_plan(path)
     found = find_subject(subject)
     if found.is_bundle:

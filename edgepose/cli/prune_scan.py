@@ -17,9 +17,9 @@ import typer
 from edgepose.blocks.card import paths_of, read_card
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.cli.console import STDOUT, note, say, show_table, steps, write_json
-from edgepose.cli.options import SeedFlag, check_outputs
+from edgepose.cli.options import SeedFlag, check_outputs, flag_fault
 from edgepose.data.splits import people_for
-from edgepose.errors import MissingDependency, UsageError
+from edgepose.errors import MissingDependency
 from edgepose.host import physical_cores
 from edgepose.profiler.markup import section, table
 from edgepose.profiler.report import Report, render_report
@@ -78,6 +78,9 @@ def scan(
     return 0
 
 
+_FLAGS = ("--share", "--importance", "--layer", "--int8", "--people", "--metric", "--seed")
+
+
 def _settings(*given: object) -> ScanSettings:
     from edgepose.stages.sensitivity import ScanSettings
 
@@ -86,7 +89,8 @@ def _settings(*given: object) -> ScanSettings:
     try:
         return msgspec.convert(fields, ScanSettings)
     except msgspec.ValidationError as err:
-        raise UsageError("edgepose prune scan", found=str(err), fix="see edgepose prune scan --help") from err
+        flags = {name: (flag, fields.get(name)) for name, flag in zip(names, _FLAGS, strict=True)}
+        raise flag_fault("edgepose prune scan", err, flags, "see edgepose prune scan --help") from err
 
 
 def _require(threads: int) -> None:

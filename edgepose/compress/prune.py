@@ -53,6 +53,7 @@ __all__ = [
     "Ranking",
     "RemovedBlock",
     "apply_pruning",
+    "check_exact",
     "kept_at",
     "plan_at",
     "plan_from_json",
@@ -199,6 +200,28 @@ def plan_at(ranking: Ranking, ratio: float) -> PruningPlan:
         blocks=ranking.blocks,
         sparse=_sparse_layers(pruned, config),
     )
+
+
+def check_exact(model: nn.Module, plan: PruningPlan) -> None:
+    """Check that a plan, which people may have changed, removes from every layer what its neighbours do without.
+
+    Args:
+        model: A network of the planned architecture (`apply_pruning` checks that); it is not changed.
+        plan: The plan.
+
+    Raises:
+        CheckpointError: The pruned network would not compute what the full one does without the readers of the removed
+            channels.
+    """
+    work = without_blocks(fold_branches(model), [block.name for block in plan.blocks]).eval()
+    fault = inexactness(work, plan.layers, _probe(torch.zeros(plan.input_shape)))
+    if fault:
+        raise CheckpointError(
+            f"pruning plan of {plan.architecture}",
+            found=fault,
+            expected="of every layer those inputs to stay that the layers before it keep",
+            fix="make the plan again, and change it by its settings only",
+        )
 
 
 def prunable_groups(

@@ -145,11 +145,13 @@ def replay(source: Source | Path, plan: PruningPlan, data: StageData | None, pat
     """
     from edgepose.compress.compose import compose
     from edgepose.compress.plan import plan_to_json
+    from edgepose.compress.prune import check_exact
 
     network, checkpoint = load_network(source)
     check_prunable(checkpoint.card)
     spec, earlier = checkpoint.card.spec, pruning_of(checkpoint)
     pruned = _pruned(network, plan, spec, data)
+    check_exact(network, plan)
     digest = hashlib.sha256(plan_to_json(plan)).hexdigest()
     whole = plan if earlier is None else compose(earlier, plan)
     report = _outcome(whole, pruned, spec, data)

@@ -114,6 +114,15 @@ def test_plan_show_and_apply_tell_the_same_story(cli: Cli, network: Path, plan: 
     assert cli("prune", "show", out).out.splitlines()[1:] == shown.out.splitlines()[1:]
 
 
+def test_a_plan_may_have_any_name_and_go_to_stdout(cli: Cli, network: Path, plan: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "half of it"
+    renamed.write_bytes(plan.read_bytes())
+    assert cli("prune", "show", renamed).out.splitlines()[1:] == cli("prune", "show", plan).out.splitlines()[1:]
+    outcome = cli("prune", "plan", network, *PLAIN, "--out", "-")
+    assert json.loads(outcome.out) == planned(plan)
+    assert "whole network" in outcome.err
+
+
 def test_people_repair_the_statistics_and_measure(cli: Cli, network: Path, people: Path, tmp_path: Path) -> None:
     outcome = cli(
         "prune", "plan", network, "--ratio", "0.3", "--depth", "1", "--data", people, "--out", tmp_path / "plan.json"
@@ -201,7 +210,11 @@ def test_wrong_requests_are_one_line_each_and_leave_nothing(
     out = ("--out", tmp_path / "out.json")
     for words, expected in (
         ((), "none of ratio"),
-        (("--ratio", "1.5"), "1.0"),
+        (("--ratio", "1.5"), "--ratio: found 1.5, expected `float` < 1.0"),
+        (
+            ("--scope", "wide", *PLAIN),
+            "--scope: found wide, expected one of its choices; see edgepose prune plan --help",
+        ),
         (("--ratio", "0.5"), "importance taylor without data, expected training people"),
         (("--depth", "1", "--importance", "l2"), "depth without data"),
         ((*PLAIN, "--data", people), "does not look at"),
@@ -226,6 +239,14 @@ def test_plans_that_are_none_or_for_another_network_are_refused(
     (tmp_path / "no.json").write_text("{}")
     for words in (("show", tmp_path / "no.json"), ("apply", network, tmp_path / "no.json", "--out", tmp_path / "x")):
         assert "found no pruning plan" in cli("prune", *words).line
+    other = planned(plan)
+    layer = next(entry for entry in other["layers"] if entry["kind"] == "conv" and len(entry["kept"]) > 1)
+    gone = next(number for number in range(layer["out_channels"]) if number not in layer["kept"])
+    layer["kept"] = sorted([*layer["kept"][1:], gone])
+    (tmp_path / "changed.json").write_text(json.dumps(other))
+    assert (
+        "outputs that differ" in cli("prune", "apply", network, tmp_path / "changed.json", "--out", tmp_path / "x").line
+    )
     assert "No such file" in cli("prune", "apply", network, tmp_path / "nix.json", "--out", tmp_path / "x").line
     assert "kpe-t" in cli("prune", "show", "kpe-t").line
     outcome = cli("prune", "apply", "kpe-t", plan, "--out", tmp_path / "x")

@@ -69,7 +69,7 @@ def test_8_bits_are_scanned_layer_by_layer(cli: Cli, network: Path, people: Path
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--share", "1.5"), "shares"),
+        (("--share", "0.5", "--share", "1.5"), "--share: found 0.5, 1.5, expected `float` < 1.0"),
         (("--importance", "tailor"), "importance"),
         (("--layer", "nothing.*"), "'nothing.*', which matches no layer"),
         (("--metric", "pck"), "--metric: found 'pck'"),
