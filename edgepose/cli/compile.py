@@ -6,13 +6,16 @@ Invariant: stdout says what was made and which stages were reused; progress goes
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from edgepose.cli.console import Steps, duration, note, say, show_table, steps
+from edgepose.cli.options import check_outputs
 from edgepose.compiler import CompileRequest, CompileResult, compile_bundle, planned_stages
+from edgepose.errors import MissingDependency, UsageError
 from edgepose.recipe import load_recipe
 from edgepose.stages.cache import StageResult
 from edgepose.stages.latency import STAIR_COLUMNS, stair_rows, staircase_of
@@ -22,19 +25,32 @@ EXAMPLES = (
     "edgepose compile prune-qat-int8 --model kpe-s --out small.bundle",
     "edgepose compile my.yaml --model runs/mine.safetensors --data photos --target x86-cpu --out mine.bundle",
     "edgepose compile fp32 --model kpe-t --out kpe-t.bundle --dry-run",
+    "edgepose compile ptq-int8 --model imported.bundle --data photos --out imported-int8.bundle",
 )
 
 
 def compile_(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")],
     out: Annotated[Path, typer.Option(help="Directory of the bundle; must not exist yet.")],
-    model: Annotated[str, typer.Option(help="Name of a zoo network, or path of a checkpoint.")] = "kpe-s",
-    data: Annotated[Path | None, typer.Option(help="Folder with train.json and images/.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Name of a zoo network, path of a checkpoint, or of an imported bundle.")
+    ] = "kpe-s",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with train.json and images/; for a bundle, photographs without labels will do."),
+    ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Target to build for; repeat for several.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which stages would run, and stop.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace another bundle at OUT.")] = False,
 ) -> int:
-    """Turn a checkpoint into a bundle: prune, recover, quantise, export, build engines; each is checked and cached."""
+    """Turn a checkpoint into a bundle: prune, recover, quantise, export, build engines; each is checked and cached.
+
+    Where MODEL is a float bundle, an imported one say, its ONNX network is quantised after training (mode: ptq).
+    """
+    if Path(model).is_dir():
+        return _quantise_bundle(
+            _Wish(recipe, Path(model), data, tuple(target or ()), out), dry_run=dry_run, replace=replace
+        )
     request = CompileRequest(load_recipe(recipe, targets=target or ()), model, data, out, replace)
     if dry_run:
         rows = [(stage, state) for stage, state in planned_stages(request)]
@@ -42,6 +58,33 @@ def compile_(
         return 0
     with steps() as shown:
         result = compile_bundle(request, Watcher(shown))
+    describe(result)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What was asked of a bundle: recipe, bundle, data, targets, place of the new one."""
+
+    recipe: str
+    bundle: Path
+    data: Path | None
+    targets: tuple[str, ...]
+    out: Path
+
+
+def _quantise_bundle(wish: _Wish, *, dry_run: bool, replace: bool) -> int:
+    if dry_run:
+        found = f"the bundle {wish.bundle}, of which there are two stages only: ptq and engines"
+        raise UsageError("--dry-run", found=found, expected="a checkpoint", fix="leave it off")
+    check_outputs([wish.out], [wish.bundle])
+    try:
+        from edgepose.importer.quantise import QuantiseRequest, quantise_bundle
+    except ModuleNotFoundError as err:
+        raise MissingDependency(err.name or str(err), extra="compile", needed_for=f"quantising {wish.bundle}") from err
+    recipe = load_recipe(wish.recipe, targets=wish.targets)
+    with steps() as shown:
+        result = quantise_bundle(QuantiseRequest(wish.bundle, recipe, wish.data, wish.out, replace), Watcher(shown))
     describe(result)
     return 0
 

@@ -108,3 +108,24 @@ def test_a_full_disk(cli: Cli, foreign: Path, spec: Path, tmp_path: Path) -> Non
     assert outcome.code == 6
     assert not (tmp_path / "spots.bundle").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_imported_bundle_is_quantised_by_compile(
+    cli: Cli, foreign: Path, spec: Path, photos: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "spots.bundle", tmp_path / "int8.bundle"
+    assert cli("import", foreign, "--spec", spec, "--out", source).code == 0
+    made = cli("compile", "ptq-int8", "--model", source, "--data", photos, "--out", out)
+    assert made.code == 0
+    assert "of MACs in INT8" in made.out
+    assert {engine.precision for engine in read_bundle(out).manifest.engines} == {"int8"}
+    assert cli("run", out, photos).code == 0
+    assert cli("verify", out).out.count("answers as recorded") == 2
+    again = cli("compile", "ptq-int8", "--model", source, "--data", photos, "--out", out)
+    assert "nothing changed" in again.out
+    refused = cli("compile", "qat-int8", "--model", source, "--data", photos, "--out", tmp_path / "qat.bundle")
+    assert (refused.code, "mode: qat" in refused.line) == (2, True)
+    dry = cli("compile", "ptq-int8", "--model", source, "--out", tmp_path / "dry.bundle", "--dry-run")
+    assert (dry.code, "--dry-run" in dry.line) == (2, True)
+    missing = cli("compile", "ptq-int8", "--model", source, "--out", tmp_path / "none.bundle")
+    assert (missing.code, "add --data DIR" in missing.line) == (6, True)

@@ -108,6 +108,7 @@ def export(
     outputs: tuple[str, ...] = ("output",),
     batch: int = 0,
     listed: bool = False,
+    folded: bool = True,
 ) -> Path:
     """Exports with torch's older exporter, as most networks in the wild were.
 
@@ -119,6 +120,7 @@ def export(
         outputs: Names.
         batch: Fixed batch; 0 leaves it free.
         listed: Whether initialisers are listed as inputs.
+        folded: Whether batch normalisation is folded into convolutions.
     """
     free = {name: {0: "n"} for name in ("input", *outputs)}
     with (
@@ -136,6 +138,7 @@ def export(
             output_names=list(outputs),
             dynamic_axes=None if batch else free,
             keep_initializers_as_inputs=listed,
+            training=torch.onnx.TrainingMode.EVAL if folded else torch.onnx.TrainingMode.PRESERVE,
             dynamo=False,
         )
     return path
@@ -172,3 +175,30 @@ output:
   min_score: 0.6
   max_iou: 0.3
 """
+
+
+class Everything(nn.Module):
+    """What backbones are made of, weights at random: residual sums, depthwise, SiLU, gates, concatenation, BN apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.depth, self.point = nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.Conv2d(16, 16, 1)
+        self.down, self.down_bn = nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32)
+        self.gate, self.up = nn.Conv2d(32, 32, 1), nn.ConvTranspose2d(32, 16, 2, 2)
+        self.mix, self.head = nn.Conv2d(32, 32, 3, 1, 1), nn.Conv2d(32, 3, 1)
+        for norm in (self.bn, self.down_bn):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = torch.relu(self.bn(self.stem(images)))
+        inner = nn.functional.silu(self.depth(first))
+        first = torch.relu(first + self.point(inner))
+        low = torch.relu(self.down_bn(self.down(nn.functional.max_pool2d(first, 3, 1, 1))))
+        low = low * torch.sigmoid(self.gate(low.mean((2, 3), keepdim=True)))
+        whole: Tensor = self.head(torch.relu(self.mix(torch.cat([first, self.up(low)], 1))))
+        return torch.sigmoid(whole)
