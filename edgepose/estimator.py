@@ -6,6 +6,7 @@ neither kept nor changed.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,28 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgepose.bundle import Bundle, check_engine, read_bundle
-from edgepose.errors import AnnotationError, BackendUnavailable, ImageError, MissingDependency, SpecError, UsageError
+from edgepose.errors import (
+    AnnotationError,
+    BackendUnavailable,
+    EnvironmentFault,
+    ImageError,
+    IntegrityError,
+    MissingDependency,
+    SpecError,
+    UsageError,
+)
 from edgepose.pose.codec import decode, named_output, output_names, people_candidates
 from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order
 from edgepose.pose.one_stage import owners, people_of
 from edgepose.pose.preprocess import crop_transforms, normalise, to_source, warp
 from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
+from edgepose.runtime.provenance import ForeignEngine
 from edgepose.spec import Backend, Engine, ModelSpec, OneStage, Poses, Precision, Regression
 
 MAX_BATCH = 64
 """People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
 
+_log = logging.getLogger("edgepose")
 _LARGEST = float(np.finfo(np.float32).max)  # poses carry their boxes as float32
 _MAX_SIDE_PX = 32766  # OpenCV's warp counts source pixels in 16 bits
 
@@ -44,6 +56,7 @@ class EstimatorInfo:
         input_hw: Height and width of the network's input in pixels.
         keypoints: Names, in output order.
         flip_test: Whether each crop is also shown mirrored and the two answers are averaged.
+        passed_over: Why engines that the bundle prefers to this one do not run here, one line each.
     """
 
     name: str
@@ -54,6 +67,7 @@ class EstimatorInfo:
     input_hw: tuple[int, int]
     keypoints: tuple[str, ...]
     flip_test: bool = False
+    passed_over: tuple[str, ...] = ()
 
 
 class PoseEstimator:
@@ -93,9 +107,12 @@ class PoseEstimator:
     ) -> Self:
         """Loads the first engine of a bundle that this machine can execute.
 
+        An engine of another machine is passed over for the next one: a warning of the logger "edgepose" and
+        `info().passed_over` name the field that differs and the command that builds it anew.
+
         Args:
             path: The bundle's directory.
-            backend: Take only engines of this runtime.
+            backend: Take only engines of this runtime; one that does not run here is then an error.
             threads: Threads of one inference, 0 for all physical cores; None takes what the engine was made for.
             precision: Take only engines of this precision.
             flip_test: Show each crop mirrored as well and average the two answers.
@@ -103,14 +120,12 @@ class PoseEstimator:
         Raises:
             BadInput: `path` is no bundle, none of its engines is of that backend and precision, or the flip test lacks
                 the keypoints' flip pairs.
-            IntegrityError: The engine was changed since the bundle was written.
+            IntegrityError: The engine was changed since the bundle was written, or all of them are for other machines.
             EnvironmentFault: No suitable runtime is installed here; the text names the extras to install.
         """
         bundle = read_bundle(path)
-        engine = choose_engine(bundle, backend, precision)
-        used = engine.threads if threads is None else threads
-        file = check_engine(bundle, engine)
-        session = open_session(file, engine.backend, threads=used, precision=engine.precision)
+        opened = _open_first(bundle, _candidates(bundle, backend, precision), threads, named=backend is not None)
+        engine, session = opened.engine, opened.session
         try:
             estimator = cls(session, bundle.manifest.spec, backend=engine.backend, flip_test=flip_test)
         except BaseException:
@@ -122,10 +137,11 @@ class PoseEstimator:
             backend=engine.backend,
             engine=engine,
             bundle_digest=bundle.digest,
-            threads=used,
+            threads=opened.threads,
             input_hw=spec.preprocess.input_hw,
             keypoints=spec.keypoints.names,
             flip_test=flip_test,
+            passed_over=opened.passed_over,
         )
         return estimator
 
@@ -257,7 +273,7 @@ class _Found(NamedTuple):
 
 
 def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Precision | None = None) -> Engine:
-    """The first engine of the manifest that can be executed here.
+    """The engine that `PoseEstimator.from_bundle` would run.
 
     Args:
         bundle: The bundle.
@@ -268,8 +284,28 @@ def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Pre
     Raises:
         UsageError: The bundle has no engine of that backend and precision.
         MissingDependency: `backend` is not installed.
-        BackendUnavailable: None of the bundle's backends is installed.
+        BackendUnavailable: None of the bundle's backends is installed, or none works here.
+        IntegrityError: All that could run are for other machines.
     """
+    candidates = _candidates(bundle, backend, precision)
+    if backend is not None or candidates[0].backend in EXECUTABLE:
+        return candidates[0]
+    opened = _open_first(bundle, candidates, None, named=False)  # whether an engine of TensorRT runs, opening it tells
+    opened.session.close()
+    return opened.engine
+
+
+class _Opened(NamedTuple):
+    """A loaded engine, the threads it was opened with, and why those before it are not run."""
+
+    engine: Engine
+    session: Session
+    threads: int
+    passed_over: tuple[str, ...]
+
+
+def _candidates(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
+    """The engines asked for whose runtime is installed, in the bundle's order; at least one."""
     where = f"bundle {bundle.root}"
     engines = bundle.manifest.engines
     wanted = [e for e in engines if backend in (None, e.backend) and precision in (None, e.precision)]
@@ -278,23 +314,46 @@ def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Pre
         expected = " ".join(filter(None, (backend, precision))) or "at least one engine"
         raise UsageError(where, found=there, expected=expected, fix="choose one of these, or compile for that one")
     installed = installed_backends()
-    for engine in wanted:
-        if engine.backend in installed and (engine.backend in EXECUTABLE or backend is not None):
-            return engine
+    found = tuple(engine for engine in wanted if engine.backend in installed)
+    if found:
+        return found
     if backend is not None:
         raise MissingDependency(backend, extra=extra_of(backend), needed_for=f"running the {backend} engine of {where}")
     raise _nothing_installed(where, wanted)
 
 
+def _open_first(bundle: Bundle, candidates: Sequence[Engine], threads: int | None, *, named: bool) -> _Opened:
+    """Opens the first that runs here.
+
+    Args:
+        bundle: Where they lie.
+        candidates: In order of preference, at least one.
+        threads: Threads of one inference; None takes what each engine was made for.
+        named: Whether the user asked for this backend, so that nothing else may be run instead of the first.
+    """
+    faults: list[IntegrityError | EnvironmentFault] = []
+    for engine in candidates:
+        file = check_engine(bundle, engine)
+        used = engine.threads if threads is None else threads
+        try:
+            session = open_session(file, engine.backend, threads=used, precision=engine.precision)
+        except (ForeignEngine, EnvironmentFault) as err:
+            if named:
+                raise
+            faults.append(err)
+            continue
+        for fault in faults:
+            _log.warning("%s; running %s %s meanwhile", fault, engine.backend, engine.precision)
+        return _Opened(engine, session, used, tuple(map(str, faults)))
+    raise faults[0]
+
+
 def _nothing_installed(where: str, wanted: Sequence[Engine]) -> BackendUnavailable:
     backends = list(dict.fromkeys(engine.backend for engine in wanted))
-    runnable = [backend for backend in backends if backend in EXECUTABLE]
-    if not runnable:
-        found = f"engines of {', '.join(backends)} only, which this release cannot execute"
-        return BackendUnavailable(where, found=found, fix=f"compile it for {' or '.join(EXECUTABLE)}")
     found = f"engines of {', '.join(backends)}, and no runtime installed that executes one of them"
-    commands = " or ".join(f"pip install 'edgepose[{extra_of(backend)}]'" for backend in runnable)
-    return BackendUnavailable(where, found=found, fix=f"run: {commands}")
+    commands = " or ".join(f"pip install 'edgepose[{extra_of(backend)}]'" for backend in backends)
+    build = "" if set(backends) & set(EXECUTABLE) else f", or build the bundle for {' or '.join(EXECUTABLE)}"
+    return BackendUnavailable(where, found=found, fix=f"run: {commands}{build}")
 
 
 def _check_session(session: Session, spec: ModelSpec) -> int:

@@ -423,11 +423,14 @@ def test_engine_that_the_bundle_does_not_have_is_a_usage_error(bundle: Bundle) -
         PoseEstimator.from_bundle(bundle.root, backend="tensorrt")
 
 
-def test_bundle_of_tensorrt_engines_only_says_that_they_cannot_run_yet(tmp_path: Path) -> None:
+def test_bundle_of_tensorrt_engines_only_says_what_to_install_or_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     bundle = spot_bundle(tmp_path)
     engine = {**msgspec.to_builtins(bundle.manifest.engines[0]), "backend": "tensorrt"}
     forge(bundle, engines=[engine])
-    with pytest.raises(BackendUnavailable, match="this release cannot execute"):
+    with pytest.raises(BackendUnavailable, match=r"edgepose\[tensorrt\]', or build the bundle for onnxruntime or"):
         PoseEstimator.from_bundle(bundle.root)
 
 

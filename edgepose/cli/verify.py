@@ -15,9 +15,10 @@ import typer
 from edgepose.bundle import Bundle, check_engine, verify_bundle
 from edgepose.cli.console import STDOUT, note, say, show_table, steps, write_json
 from edgepose.cli.options import StdoutJsonFlag, ThreadsFlag
-from edgepose.errors import BackendUnavailable, EnvironmentFault, ParityError
+from edgepose.errors import BackendUnavailable, EnvironmentFault, IntegrityError, ParityError
 from edgepose.golden import KEYPOINTS, check_golden
 from edgepose.runtime import open_session
+from edgepose.runtime.provenance import ForeignEngine
 from edgepose.spec import Engine
 
 EXAMPLES = (
@@ -52,7 +53,7 @@ class EngineCheck:
     precision: str
     outcome: Literal["same", "different", "unknown", "not run"]
     detail: str
-    fault: ParityError | EnvironmentFault | None = None
+    fault: ParityError | EnvironmentFault | IntegrityError | None = None
 
 
 def verify(
@@ -63,7 +64,8 @@ def verify(
 ) -> int:
     """Check every byte of a bundle, then run each engine on the bundle's golden inputs.
 
-    Exit code 8 where a file was changed, 5 where an engine answers differently, 6 where no engine can be run here.
+    Exit code 8 where a file was changed, 5 where an engine answers differently, 6 where no engine can be run here. An
+    engine that was built for another machine is not run; its line names what differs and the command that rebuilds it.
     """
     checked = verify_bundle(bundle)
     files = len(checked.manifest.files)
@@ -89,6 +91,8 @@ def _check(bundle: Bundle, engine: Engine, threads: int | None) -> EngineCheck:
     used = engine.threads if threads is None else threads
     try:
         session = open_session(check_engine(bundle, engine), engine.backend, threads=used, precision=engine.precision)
+    except ForeignEngine as err:
+        return EngineCheck(*told, "not run", str(err), err)
     except EnvironmentFault as err:
         return EngineCheck(*told, "not run", f"{err.found}; {err.fix}" if err.fix else err.found, err)
     try:
@@ -112,7 +116,7 @@ def _conclude(bundle: Path, checks: list[EngineCheck]) -> int:
             f"{bundle}",
             found=f"no engine that can be run on this machine ({idle[0].detail})",
             expected="at least one",
-            fix="install a runtime, or check the files alone with --hashes-only",
+            fix="install a runtime or build it for this machine, or check the files alone with --hashes-only",
         )
     for check in idle:
         note(f"{check.engine} was not run")

@@ -24,7 +24,7 @@ __all__ = ["BACKENDS", "EXECUTABLE", "Session", "check_feeds", "extra_of", "inst
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 EXECUTABLE: tuple[Backend, ...] = ("onnxruntime", "openvino")
-"""Those that are taken by themselves; TensorRT engines are opened where they are asked for by name."""
+"""Those whose engines run wherever their package is installed; of TensorRT's, only opening them tells."""
 
 _EXTRAS: dict[Backend, str] = {
     "onnxruntime": "ort",
