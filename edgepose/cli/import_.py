@@ -16,7 +16,6 @@ from edgepose.cli.options import check_outputs
 from edgepose.errors import MissingDependency
 
 EXAMPLES = (
-    "edgepose inspect other.onnx > spec.yaml",
     "edgepose import other.onnx --spec spec.yaml --out other.bundle",
     "edgepose import yolo-pose.onnx --spec yolo-pose.yaml --target x86-cpu --out yolo-pose.bundle",
 )

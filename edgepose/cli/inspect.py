@@ -15,16 +15,17 @@ import typer
 
 from edgepose.bundle import Bundle, read_bundle
 from edgepose.cli.console import STDOUT, note, say, show_facts, show_table, write_json
-from edgepose.cli.options import StdoutJsonFlag
+from edgepose.cli.options import StdoutJsonFlag, check_outputs
 from edgepose.cli.subject import find_subject
-from edgepose.errors import MissingDependency
+from edgepose.errors import MissingDependency, UsageError
 from edgepose.spec import Decoder, Heatmap, ModelSpec, OneStage, Regression, SimCC, TensorSpec
+from edgepose.storage import atomic_write
 
 EXAMPLES = (
     "edgepose inspect kpe-s.bundle",
     "edgepose inspect kpe-s",
     "edgepose inspect runs/mine.safetensors --json",
-    "edgepose inspect other.onnx > spec.yaml",
+    "edgepose inspect other.onnx --out spec.yaml",
 )
 
 _LONG = 64  # characters of a value in the table of stages
@@ -35,13 +36,18 @@ def inspect(
         str, typer.Argument(metavar="NETWORK", help="A bundle, a checkpoint, a name of the zoo, or an ONNX file.")
     ],
     json: StdoutJsonFlag = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the specification proposed for an ONNX file here.")
+    ] = None,
 ) -> int:
     """Show the network, the engines, the chain from data to engine, and what each stage reported.
 
     Of an ONNX file, propose the specification that `edgepose import` needs, and say of each line how sure it is.
     """
     if subject.lower().endswith(".onnx"):
-        return _propose(Path(subject), json=json)
+        return _propose(Path(subject), out, json=json)
+    if out is not None:
+        raise UsageError("--out", found=subject, expected="an ONNX file", fix="leave it off, or use --json")
     found = find_subject(subject)
     if found.is_bundle:
         bundle = read_bundle(found.path)
@@ -69,7 +75,8 @@ def inspect(
     return 0
 
 
-def _propose(path: Path, *, json: bool) -> int:
+def _propose(path: Path, out: Path | None, *, json: bool) -> int:
+    check_outputs([out], [path])
     try:
         from edgepose.importer.onnx_file import read_onnx
         from edgepose.importer.propose import as_yaml, propose
@@ -82,12 +89,16 @@ def _propose(path: Path, *, json: bool) -> int:
         proposed = {"confidence": proposal.confidence, "lines": proposal.lines, "problems": proposal.problems}
         write_json(STDOUT, {**facts, **proposed})
         return 0
-    say(as_yaml(proposal).rstrip())
+    if out is None:
+        say(as_yaml(proposal).rstrip())
+    else:
+        atomic_write(out, as_yaml(proposal).encode())
     for line in file.notes:
         note(line)
     counts = {level: sum(line.confidence == level for line in proposal.lines) for level in ("sure", "likely", "guess")}
     told = ", ".join(f"{count} {level}" for level, count in counts.items() if count)
-    note(f"{path.name}, opset {file.opset}: {told}; check what is not sure, then edgepose import {path} --spec FILE")
+    then = f"edgepose import {path} --spec {out or 'FILE'}"
+    note(f"{path.name}, opset {file.opset}: {told}; check what is not sure, then {then}")
     return 0
 
 

@@ -5,12 +5,14 @@ Invariant: the drawn pictures and the JSON appear only when the last frame was d
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from edgepose.cli.boxes import BoxFile, read_boxes
 from edgepose.cli.console import STDOUT, note, say, steps, write_json
@@ -32,12 +34,13 @@ from edgepose.pose.metrics import oks_sigmas
 from edgepose.pose.nms import oks_nms
 from edgepose.pose.smoothing import SmoothingState, smooth_people
 from edgepose.profiler.accuracy import AREA_OF_BOX
-from edgepose.spec import Keypoints, Poses
+from edgepose.spec import Backend, Keypoints, OneStage, Poses, Precision
 
 EXAMPLES = (
     "edgepose run kpe-s.bundle photo.jpg --out drawn.jpg",
     "edgepose run kpe-s.bundle photo.jpg --boxes boxes.json --json poses.json",
     "edgepose run kpe-s.bundle photos --boxes annotations.json --flip-test --oks-nms 0.9 --out drawn",
+    "edgepose run kpe-s.bundle street.jpg --detector people.bundle --out drawn.jpg",
     "edgepose run kpe-s.bundle match.mp4 --backend openvino --threads 4 --smooth --out drawn.mp4",
 )
 
@@ -54,6 +57,10 @@ def run(
             help="Where the people are: JSON [[x1, y1, x2, y2], …], {file name: such a list}, or COCO annotations. "
             "Default: one person fills the frame.",
         ),
+    ] = None,
+    detector: Annotated[
+        Path | None,
+        typer.Option("--detector", help="Bundle of a box detector or one-stage network that finds the people first."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Draw the poses: a picture, a folder or a video, as SOURCE is.")
@@ -89,22 +96,27 @@ def run(
     Prints a line per photograph; --out draws, --json writes keypoints [x, y] in pixels of the source, scores and, where
     the network says them, each joint's visibility 0..1 and expected error in pixels.
     """
-    check_outputs([out, json], [path for path in (source, bundle, boxes) if path is not None])
+    check_outputs([out, json], [path for path in (source, bundle, boxes, detector) if path is not None])
     chosen = checked_backend(backend), threads, checked_precision(precision)
     opened = open_source(source)
     if out is not None:
         check_output_suffix(out, opened.kind)
-    _check_post_processing(opened, smooth=smooth, duplicates=max_oks is not None, boxes=boxes is not None)
+    if boxes is not None and detector is not None:
+        raise UsageError("--detector", found="--boxes as well", expected="one of them", fix="leave one of them off")
+    _check_post_processing(opened, smooth=smooth, duplicates=max_oks is not None, boxes=bool(boxes or detector))
     people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
     rows: list[dict[str, Any]] = []
-    with PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test) as estimator:
+    with (
+        PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test) as estimator,
+        nullcontext() if detector is None else _detector(detector, estimator, *chosen) as finder,
+    ):
         info = estimator.info()
         keypoints = estimator.spec.keypoints
         processed = _PostProcessing(keypoints, max_oks, opened.fps if smooth else 0.0)
         with steps() as progress:
             with picture_sink(out, opened, replace=force) as sink:
                 for shot in shots(opened, convert=convert, allow_short=allow_short):
-                    poses = processed(shot, _poses(estimator, shot, people))
+                    poses = processed(shot, _poses(estimator, shot, people, finder))
                     sink(shot, draw(shot.frame, poses, keypoints, min_score=min_score))
                     rows.append(_row(shot, poses))
                     if len(rows) < opened.total:
@@ -113,7 +125,9 @@ def run(
                     write_json(json, rows)
             if opened.total > 1:
                 progress.told(f"running over {source.name}", len(rows), len(rows))
-    _say_how(info, people)
+    if people is None and finder is None and not isinstance(estimator.spec.decoder, OneStage):
+        note("no --boxes and no --detector given: took each whole frame as one person")
+    _say_how(info)
     if json != STDOUT:
         _summary(opened, rows, min_score)
     for path in (out, json):
@@ -135,25 +149,49 @@ def _check_post_processing(source: Source, *, smooth: bool, duplicates: bool, bo
         raise UsageError("--oks-nms", found=found, expected="several boxes", fix="give --boxes, or leave it off")
 
 
-def _say_how(info: EstimatorInfo, people: BoxFile | None) -> None:
+def _say_how(info: EstimatorInfo) -> None:
     """After the work, so that a failure is the one line that is said."""
     precision = f" {info.engine.precision}" if info.engine else ""
     threads = f"threads: {info.threads}" if info.threads else "all physical cores"
     flipped = ", flip test" if info.flip_test else ""
     note(f"{info.name} on {info.backend}{precision}, {threads}{flipped}")
-    if people is None:
-        note("no --boxes given: took each whole frame as one person")
 
 
-def _poses(estimator: PoseEstimator, shot: Shot, people: BoxFile | None) -> Poses:
+def _detector(
+    path: Path, estimator: PoseEstimator, backend: Backend | None, threads: int | None, precision: Precision | None
+) -> PoseEstimator:
+    """The network that finds people for another one.
+
+    Raises:
+        UsageError: It is shown one person at a time itself, or the other one needs nobody to find people for it.
+    """
+    if isinstance(estimator.spec.decoder, OneStage):
+        found = f"{estimator.spec.name}, which finds people itself"
+        raise UsageError("--detector", found=found, expected="a network that is shown one person", fix="leave it off")
+    finder = PoseEstimator.from_bundle(path, backend, threads, precision)
+    if not isinstance(finder.spec.decoder, OneStage):
+        finder.close()
+        found = f"{finder.spec.name}, which is shown one person at a time"
+        raise UsageError("--detector", found=found, expected="a box detector or one-stage network")
+    return finder
+
+
+def _poses(estimator: PoseEstimator, shot: Shot, people: BoxFile | None, finder: PoseEstimator | None = None) -> Poses:
     where = shot.name if shot.number is None else f"{shot.name}: frame {shot.number}"
     try:
+        if finder is not None:
+            return estimator(shot.frame, _inside(finder(shot.frame).boxes))
         return estimator(shot.frame, people.of(shot.name, shot.number) if people is not None else None)
     except (AnnotationError, ImageError) as err:
         if err.where.startswith(("boxes", "frame")):
             text = f"{where}: {err.where}"
             raise type(err)(text, found=err.found, expected=err.expected, fix=err.fix) from err
         raise
+
+
+def _inside(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Boxes that are left of those found when they were cut off at the frame's borders."""
+    return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
 
 
 @dataclass(slots=True)
