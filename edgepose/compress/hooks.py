@@ -12,6 +12,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 
 # The loader of NNCF's compiled kernels warns, logs and draws bars at first use, long after this import.
 logging.getLogger("nncf").setLevel(logging.ERROR)
+# They are compiled there and then; on a busy machine that takes longer than the minute NNCF allows.
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "900")
 
 _STORAGE = "__nncf_hooks"
 _INSTANCE_OVERRIDES = ("forward", "_replicate_for_data_parallel")
