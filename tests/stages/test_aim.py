@@ -43,7 +43,7 @@ from edgepose.stages.latency import (
 )
 from edgepose.stages.settings import Plan, PruneStage, QuantiseStage
 from tests.stages.size_clock import SizeClock
-from tests.tiny_checkpoint import Tiny, Watch
+from tests.tiny_checkpoint import Tiny, Watch, environment
 from tests.training.dots import KEYPOINTS, dots, network
 from tests.training.dots import NETWORK as SMALL
 
@@ -66,29 +66,78 @@ class Ready:
     data: StageData
     clock: Callable[[], SizeClock]
 
+    @property
+    def cache(self) -> Path:
+        """One for all tests: shapes are built once."""
+        return self.source.parent / "cache"
+
+    def stages(self, name: str) -> set[str]:
+        return {path.name for path in (self.cache / "stages").glob(f"{name}-*")}
+
+
+@dataclass(frozen=True)
+class First:
+    """The first search of all, which was interrupted and went on; what the tests find in the cache it has built.
+
+    Attributes:
+        ready: What was searched.
+        looks: How often anything was timed, before and after.
+        begun: Shapes in the cache when it was interrupted.
+        built: Shapes in the end.
+        timed: Timings in the end.
+        found: What it came to.
+    """
+
+    ready: Ready
+    looks: tuple[int, int]
+    begun: set[str]
+    built: set[str]
+    timed: set[str]
+    found: Staircase
+
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+def first(tmp_path_factory: pytest.TempPathFactory) -> First:
     folder = tmp_path_factory.mktemp("aim")
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     data = StageData(dots(folder, "train", 12, seed=1), dots(folder, "dev", 4, seed=2))
     model = network(WIDE)
     card = Card("dots", WIDE, KEYPOINTS, "", lineage=(Lineage("train", {}, data.digests, {}),))
     save_checkpoint(folder / "net", card, model.state_dict())
     whole = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    return Ready(folder / "net", data, lambda: SizeClock(whole))
+    ready = Ready(folder / "net", data, lambda: SizeClock(whole))
+    with environment(EDGEPOSE_CACHE=str(ready.cache)):
+        stopped, rest = ready.clock(), ready.clock()
+        stopped.fails_after = 1
+        with pytest.raises(KeyboardInterrupt):
+            search(ready, stopped, folder / "a")
+        begun = ready.stages("shape")
+        found = search(ready, rest, folder / "b")
+    looks = len(stopped.seen), len(rest.seen)
+    return First(ready, looks, begun, ready.stages("shape"), ready.stages("timing"), found)
 
 
-@pytest.fixture(autouse=True)
-def cache(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One cache for all: shapes are built once."""
-    monkeypatch.setenv("EDGEPOSE_CACHE", str(ready.source.parent / "cache"))
-    return ready.source.parent / "cache"
+@pytest.fixture
+def ready(first: First, monkeypatch: pytest.MonkeyPatch) -> Ready:
+    monkeypatch.setenv("EDGEPOSE_CACHE", str(first.ready.cache))
+    return first.ready
 
 
 def search(ready: Ready, clock: SizeClock, folder: Path, settings: PruneStage = TWICE, form: Form = FORM) -> Staircase:
     folder.mkdir(exist_ok=True)
     return staircase_of(aim(ready.source, ready.data, settings, form, Run(folder, clock, silent)))
+
+
+def test_what_was_built_and_timed_is_found_again(first: First, ready: Ready, tmp_path: Path) -> None:
+    clock = ready.clock()
+    assert search(ready, clock, tmp_path) == first.found
+    assert clock.seen == []
+    assert first.looks[0] == 1
+    assert sum(first.looks) == len(first.timed)
+    assert first.begun
+    assert first.begun < first.built
+    assert len(first.built) == len(first.found.stairs) + 1  # and the unpruned network
 
 
 def test_the_shape_that_is_found_is_as_fast_as_asked(ready: Ready, tmp_path: Path) -> None:
@@ -109,23 +158,6 @@ def test_the_shape_that_is_found_is_as_fast_as_asked(ready: Ready, tmp_path: Pat
     rows = stair_rows(found)
     assert all(len(row) == len(STAIR_COLUMNS) for row in rows)
     assert [row[-1] for row in rows].count("taken") == 1
-
-
-def test_what_was_built_and_timed_is_found_again(ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEPOSE_CACHE", str(tmp_path / "cache"))
-    stopped = ready.clock()
-    stopped.fails_after = 2
-    with pytest.raises(KeyboardInterrupt):
-        search(ready, stopped, tmp_path / "a")
-    built = {path.name for path in (tmp_path / "cache" / "stages").glob("shape-*")}
-    assert built
-    rest, again = ready.clock(), ready.clock()
-    first = search(ready, rest, tmp_path / "b")
-    assert search(ready, again, tmp_path / "c") == first
-    assert again.seen == []
-    assert 2 + len(rest.seen) == len(list((tmp_path / "cache" / "stages").glob("timing-*")))
-    shapes = {path.name for path in (tmp_path / "cache" / "stages").glob("shape-*")}
-    assert len(shapes) == len(first.stairs) + 1  # and the unpruned network
 
 
 def test_equal_shapes_are_one_shape_whatever_the_weights(ready: Ready, tmp_path: Path) -> None:
