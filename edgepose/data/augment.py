@@ -5,6 +5,7 @@ Invariant: all randomness comes from the generator handed in, so a sample is a f
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class View:
             the photograph or the crop.
         known: (K,) float32: 1 where `visible` is known, which is where the joint is labelled.
         covered: (h, w) uint8: how much of each pixel was painted over, 0..255.
+        uncovered: (h, w, 3) uint8 BGR: the same without what was pasted in front; None if nobody asked for it.
     """
 
     crop: NDArray[np.uint8]
@@ -71,6 +73,7 @@ class View:
     visible: NDArray[np.float32]
     known: NDArray[np.float32]
     covered: NDArray[np.uint8]
+    uncovered: NDArray[np.uint8] | None = None
 
 
 class Occluding(TypedDict, total=False):
@@ -79,10 +82,12 @@ class Occluding(TypedDict, total=False):
     Attributes:
         progress: Share of the run that is done, 0..1, for the curriculum; 1 if left out.
         donors: Other training people, for pieces of photographs; none if left out.
+        keep_uncovered: Give the view without the pasted things as well; not if left out.
     """
 
     progress: float
     donors: Sequence[Patch]
+    keep_uncovered: bool
 
 
 def augment(
@@ -120,21 +125,22 @@ def augment(
     crop = np.empty((height, width, 3), np.uint8)
     cv2.warpAffine(patch.pixels, transform, (width, height), dst=crop, flags=cv2.INTER_LINEAR)
     inside, covered = _inside(points, crop.shape), np.zeros((height, width), np.uint8)
+    uncovered = crop.copy() if occluding.get("keep_uncovered", False) else None
     if config.occlusion:
         size = (patch.box_xyxy[2:] - patch.box_xyxy[:2]) * math.hypot(*transform[:, 0])
         target = Target(crop, covered, points[(labels > 0) & inside], float(np.prod(size)))
         donors = Donors(occluding.get("donors", ()), keypoints.skeleton)
         occlude(target, donors, config.occlusion, strength, rng)
-    crop = _color(crop, config, rng)
-    if rng.random() < config.blur:
-        crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(0.5, 1.6)).astype(np.uint8, copy=False)
+    if uncovered is not None:
+        uncovered = _taken(uncovered, config, copy.deepcopy(rng))
+    crop = _taken(crop, config, rng)
     if rng.random() < config.cutout:
         covered[_cut_out(crop, rng)] = 255
     visible = (inside & (labels > 1)).astype(np.float32)
     side_px = float((patch.box_xyxy[2:] - patch.box_xyxy[:2]).max() * math.hypot(*transform[:, 0]))
     visible[inside] *= ~joints_covered(covered, points[inside], side_px)
     known = (labels > 0).astype(np.float32)
-    return View(crop, points, known * inside, visible, known, covered)
+    return View(crop, points, known * inside, visible, known, covered, uncovered)
 
 
 def _inside(points: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.bool_]:
@@ -169,6 +175,14 @@ def _random_view(
     view[:, :2] = linear @ transform[:, :2]
     view[:, 2] = linear @ (transform[:, 2] - center) + center + shift
     return view
+
+
+def _taken(crop: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """As another camera would have taken it: colours and sharpness."""
+    crop = _color(crop, config, rng)
+    if rng.random() < config.blur:
+        crop = cv2.GaussianBlur(crop, (0, 0), rng.uniform(0.5, 1.6)).astype(np.uint8, copy=False)
+    return crop
 
 
 def _color(crop: NDArray[np.uint8], config: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -37,6 +37,7 @@ class Batch:
         known: (N, K) float32, 1 where `visible` is known.
         covered: (N, h/8, w/8) float32, the share of each cell that was painted over; -1 in pictures of people with
             joints labelled hidden, where something else may be in front as well.
+        uncovered: (N, h, w, 3) uint8 BGR, the crops without what was pasted in front; None where no teacher sees them.
     """
 
     crops: Tensor
@@ -46,6 +47,7 @@ class Batch:
     visible: Tensor
     known: Tensor
     covered: Tensor
+    uncovered: Tensor | None = None
 
 
 def check_people(data: PoseDataset, spec: ModelSpec) -> None:
@@ -118,7 +120,7 @@ class AugmentedPeople(Dataset[Batch]):
         views = [
             augment(
                 patch, self.spec.preprocess, self.spec.keypoints, self.config.augment, np.random.default_rng(seed),
-                progress=progress, donors=self.patches,
+                progress=progress, donors=self.patches, keep_uncovered=self.config.uncovered_teacher,
             )
             for patch, seed in chosen
         ]  # fmt: skip
@@ -131,6 +133,7 @@ class AugmentedPeople(Dataset[Batch]):
             visible=torch.from_numpy(np.stack([view.visible for view in views])),
             known=torch.from_numpy(np.stack([view.known for view in views])),
             covered=torch.from_numpy(np.stack([_cells(p, view) for (p, _), view in zip(chosen, views, strict=True)])),
+            uncovered=_stacked([view.uncovered for view in views if view.uncovered is not None]),
         )
 
     def _chosen(self, number: int) -> Iterator[tuple[Patch, tuple[int, ...]]]:
@@ -182,6 +185,10 @@ def _cells(patch: Patch, view: View) -> np.ndarray:
         return np.full(hw, -1, np.float32)
     cells = cv2.resize(view.covered, hw[::-1], interpolation=cv2.INTER_AREA)
     return np.asarray(cells, np.float32) / 255
+
+
+def _stacked(crops: list[np.ndarray]) -> Tensor | None:
+    return torch.from_numpy(np.stack(crops)) if crops else None
 
 
 _EXTRA = 1  # keeps the second set's randomness apart from the first's

@@ -29,6 +29,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sigma_px: Standard deviation of the label Gaussians, input pixels; for heat maps at least 0.75 cells.
         averaging: Decay of the exponential moving average of the weights, per step.
         distill_weight: Share of the loss that comes from the teacher, 0..1.
+        uncovered_teacher: The teacher sees people without what is pasted in front of them (learning with privileged
+            information, Lopez-Paz et al., 2016), so that it tells where hidden joints are and how sure one could be.
         seed: Of batches and augmentation.
         bf16: Run convolutions in bfloat16.
         augment: Random views.
@@ -71,3 +73,4 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     feature_weight: Weight = 0.0
     sparsity: Weight = 0.0
     dense: tuple[str, ...] = ()
+    uncovered_teacher: bool = False

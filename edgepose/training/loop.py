@@ -178,7 +178,7 @@ def fit(
 
 
 _SAVE_EVERY_S = 180.0
-_YOUNGER = ("feature_weight", "sparsity", "dense")
+_YOUNGER = ("feature_weight", "sparsity", "dense", "uncovered_teacher")
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -198,6 +198,14 @@ def _check_parts(model: nn.Module, teacher: nn.Module | None, config: TrainConfi
                 expected="a teacher for this share of the loss",
                 fix="hand one over, or set it to 0",
             )
+    if config.uncovered_teacher and (teacher is None or config.augment.occlusion is None):
+        lacks = "a teacher" if teacher is None else "occlusion"
+        raise UsageError(
+            "training: uncovered_teacher",
+            found=f"a run without {lacks}",
+            expected="a teacher that sees what is hidden from the network",
+            fix="hand one over" if teacher is None else "add augment: {occlusion: {}}, or set it to false",
+        )
     if config.dense and config.sparsity == 0:
         raise UsageError(
             "training: dense",
@@ -263,7 +271,7 @@ class _Run:
         names = self.features.names if self.features is not None else ()
         with recording(self.model, names) as seen:
             stages = self._stages(images)
-        taught, shown = self._teacher_says(images, names)
+        taught, shown = self._teacher_says(images, batch, names)
         loss: Tensor = self.objective(stages, batch, taught, (seen, shown))
         if self.penalty is not None:
             loss = loss + config.sparsity * self.penalty()
@@ -297,10 +305,14 @@ class _Run:
             torch.manual_seed(self.config.seed * 1_000_003 + self.state.step)
             return stages_of(self.model, images)
 
-    def _teacher_says(self, images: Tensor, names: Sequence[str]) -> tuple[tuple[Tensor, ...] | None, Maps]:
+    def _teacher_says(
+        self, images: Tensor, batch: Batch, names: Sequence[str]
+    ) -> tuple[tuple[Tensor, ...] | None, Maps]:
         """The teacher's outputs, None where nobody asks, and its feature maps of some parts."""
         if self.teacher is None or not (self.config.distill_weight > 0 or names):
             return None, {}
+        if batch.uncovered is not None:
+            images = to_input(batch.uncovered, self.spec).contiguous(memory_format=self.layout)
         with (
             torch.no_grad(),
             torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16),

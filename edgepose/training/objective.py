@@ -75,14 +75,16 @@ class Objective(nn.Module):
             said = self.keypoint_loss(stage.outputs, batch.targets, weights, maps=stage.maps)
             loss = loss + self.config.stage_weight * said
         share = self.config.distill_weight
+        known = len(taught) if taught is not None and share > 0 else 0
+        cleared: Tensor | float = 0.0
+        if last.clear is not None and (self._visibility is None or self._visibility >= known):
+            cleared = self.config.visibility_weight * clear_loss(last.clear, batch.covered)
         if taught is None or share <= 0:
-            if last.clear is not None:
-                loss = loss + self.config.visibility_weight * clear_loss(last.clear, batch.covered)
-            return loss + self._told_by_labels(outputs, located, batch, known=0)
+            return loss + cleared + self._told_by_labels(outputs, located, batch, known=0)
         taught_located = [taught[i] for i in self._located]
         loss = (1 - share) * loss + share * distillation_loss(located, taught_located, self.spec.decoder)
         loss = loss + self._told_by_teacher(outputs, taught)
-        return loss + self._told_by_labels(outputs, located, batch, known=len(taught))
+        return loss + cleared + self._told_by_labels(outputs, located, batch, known=known)
 
     def _told_by_labels(self, outputs: Outputs, located: Outputs, batch: Batch, *, known: int) -> Tensor | float:
         """What the network says of itself, against the labels; a teacher knows better about the first `known`."""

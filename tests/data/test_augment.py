@@ -292,6 +292,23 @@ def test_a_joint_is_hidden_exactly_where_most_of_it_was_painted_over(tmp_path: P
     assert 40 < hidden < 320
 
 
+def test_the_view_without_what_was_pasted_differs_only_where_things_are(tmp_path: Path) -> None:
+    people = noisy_people(tmp_path, 4)
+    patches = [cut_patch(person, PREPROCESS) for person in people]
+    config = AugmentConfig(color=0.0, blur=0.0, cutout=0.0, occlusion=OcclusionConfig(pasted=1.0, start=1.0))
+    for seed, patch in enumerate(patches):
+        rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
+        view = augment(patch, PREPROCESS, KEYPOINTS, config, rng, donors=patches, keep_uncovered=True)
+        alone = augment(patch, PREPROCESS, KEYPOINTS, config, same, donors=patches)
+        assert view.uncovered is not None
+        assert alone.uncovered is None
+        np.testing.assert_array_equal(view.crop, alone.crop)
+        assert rng.random() == same.random()
+        differs = (view.crop != view.uncovered).any(axis=2)
+        assert differs.any()
+        assert not differs[view.covered == 0].any()
+
+
 def test_the_curriculum_hides_more_as_the_run_goes_on(tmp_path: Path) -> None:
     patches = [cut_patch(person, PREPROCESS) for person in noisy_people(tmp_path, 4)]
     config = msgspec.structs.replace(STILL, occlusion=OcclusionConfig(start=0.1, ramp=0.5))

@@ -18,10 +18,11 @@ from torch import nn
 
 from edgepose.blocks.config import ORNConfig, spec_of
 from edgepose.blocks.orn import Hide
-from edgepose.data.augment import OcclusionConfig
+from edgepose.data.augment import AugmentConfig, OcclusionConfig
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import AnnotationError, CheckpointError, EdgeposeError, SpecError, StorageError, UsageError
 from edgepose.spec import Keypoints
+from edgepose.training.batches import AugmentedPeople, to_input
 from edgepose.training.config import TrainConfig
 from edgepose.training.loop import (
     FitResult,
@@ -315,6 +316,7 @@ def test_the_last_bits_of_the_starting_weights_may_differ(state: Path, data: tup
         ("feature_weight", 0.5, "without a teacher"),
         ("masking", 0.5, "occlusion-robust"),
         ("dense", ("backbone.*",), "without sparsity"),
+        ("uncovered_teacher", True, "without a teacher"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(
@@ -326,9 +328,11 @@ def test_settings_that_would_do_nothing_are_refused(
 
 def test_settings_younger_than_a_state_count_where_they_say_something() -> None:
     """Runs that were stopped before a setting was there go on; it means then what was before it."""
-    assert {"feature_weight", "sparsity", "dense"}.isdisjoint(_settings(CONFIG))
+    assert {"feature_weight", "sparsity", "dense", "uncovered_teacher"}.isdisjoint(_settings(CONFIG))
     assert {**_settings(CONFIG), "sparsity": 0.1} == _settings(msgspec.structs.replace(CONFIG, sparsity=0.1))
-    written = msgspec.json.encode(CONFIG).replace(b',"feature_weight":0.0,"sparsity":0.0,"dense":[]', b"")
+    written = msgspec.json.encode(CONFIG).replace(
+        b',"feature_weight":0.0,"sparsity":0.0,"dense":[],"uncovered_teacher":false', b""
+    )
     assert msgspec.json.encode(_settings(CONFIG)) == written  # to the byte, for states are known by its hash
 
 
@@ -415,6 +419,23 @@ def test_a_teachers_equal_starts_without_distance(
     fit(student, SPEC, data, config, teacher=teacher, options=RunOptions(observer=observer, workers=0))
     # Batch statistics differ from running ones, so not quite zero; far below what labels cost.
     assert observer.steps[0][2] < 0.5
+
+
+def test_a_teacher_may_see_what_is_hidden_from_the_network(data: tuple[PoseDataset, PoseDataset]) -> None:
+    covered = OcclusionConfig(pasted=1.0, largest=0.9, start=1.0)
+    config = msgspec.structs.replace(
+        CONFIG, epochs=1, distill_weight=0.5, uncovered_teacher=True, augment=AugmentConfig(occlusion=covered)
+    )
+    teacher, seen = network(seed=1), []
+    teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    fit(network(), SPEC, data, config, teacher=teacher, options=RunOptions(workers=0))
+    batch = AugmentedPeople(data[0], SPEC, config)[0]
+    assert batch.uncovered is not None
+    torch.testing.assert_close(seen[0], to_input(batch.uncovered, SPEC))
+    assert (batch.uncovered != batch.crops).any()
+    config = msgspec.structs.replace(config, augment=AugmentConfig())
+    with pytest.raises(UsageError, match=r"without occlusion.*augment: {occlusion: {}}"):
+        fit(network(), SPEC, data, config, teacher=teacher, options=RunOptions(workers=0))
 
 
 # The schedule

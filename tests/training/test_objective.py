@@ -109,6 +109,16 @@ def test_what_a_teacher_does_not_say_is_learnt_from_labels() -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_places_are_learnt_from_labels_where_the_teacher_says_nothing_of_visibility() -> None:
+    labels, found, clear = batch(), outputs(1), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    objective = Objective(ROBUST, msgspec.structs.replace(CONFIG, distill_weight=0.5))
+    for robust, weight in ((False, 0.5), (True, 0.0)):
+        taught = outputs(2, robust=robust)
+        with_places, without = (objective([Stage(found, None, c)], labels, taught) for c in (clear, None))
+        expected = weight * clear_loss(clear, labels.covered).item()
+        assert (with_places - without).item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_flow_of_coordinates_is_trained_and_everything_else_has_no_parameters() -> None:
     coordinates = spec_of(msgspec.structs.replace(NETWORK, head="regression"), KEYPOINTS)
     assert list(Objective(SPEC, CONFIG).parameters()) == []
