@@ -28,7 +28,7 @@ from benchmarks.claims import INTERRUPTED, data_root  # noqa: E402
 from benchmarks.context import THREADS  # noqa: E402
 from edgepose.blocks.config import PRESETS, KPEConfig, LossConfig, spec_of  # noqa: E402
 from edgepose.cli.console import Steps, note, steps  # noqa: E402
-from edgepose.data.augment import AugmentConfig  # noqa: E402
+from edgepose.data.augment import AugmentConfig, OcclusionConfig  # noqa: E402
 from edgepose.data.coco import dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
 from edgepose.errors import EdgeposeError, UsageError  # noqa: E402
@@ -60,7 +60,7 @@ class Ablation:
 
 _replace = msgspec.structs.replace
 _NETWORK = _replace(PRESETS["kpe-t"], input_hw=(96, 96))
-_ADAMW = TrainConfig(epochs=12, batch_size=32, sigma_px=2.0, augment=AugmentConfig(cutout=0.0))
+_ADAMW = TrainConfig(epochs=8, batch_size=64, learning_rate=2e-3, sigma_px=2.0, augment=AugmentConfig(cutout=0.0))
 _MUON = _replace(_ADAMW, optimizer="muon", learning_rate=3e-3)
 
 
@@ -77,10 +77,16 @@ def _kind(preset: str) -> KPEConfig:
 
 
 ABLATIONS = {
-    "adamw": Ablation("", "AdamW at 1.5e-3", _NETWORK, _ADAMW),
+    "adamw": Ablation("", "AdamW at 2e-3", _NETWORK, _ADAMW),
     "muon": Ablation("adamw", "Muon for hidden weights", _NETWORK, _MUON),
     "no-averaging": Ablation("muon", "last weights instead of averaged ones", _NETWORK, _replace(_MUON, averaging=0.0)),
     "cutout": Ablation("muon", "cut-out", _NETWORK, _replace(_MUON, augment=AugmentConfig())),
+    "occlusion": Ablation(
+        "muon",
+        "things pasted in front",
+        _NETWORK,
+        _replace(_MUON, augment=AugmentConfig(cutout=0.0, occlusion=OcclusionConfig())),
+    ),
     "little-rotation": Ablation(
         "muon",
         "rotation of 10 degrees instead of 30",
