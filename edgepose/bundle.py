@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from edgepose import __version__
 from edgepose.errors import BadInput, IntegrityError, SpecError
-from edgepose.spec import Backend, Dialect, Engine, ModelSpec, Precision
+from edgepose.spec import Backend, Dialect, Engine, Execution, ModelSpec, Precision
 from edgepose.storage import atomic_directory, json_bytes
 
 SCHEMA_VERSION = 1
@@ -123,6 +123,7 @@ class EngineDraft:
     main: str
     builder: str
     threads: int = 0
+    execution: Execution = field(default_factory=Execution)
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -305,6 +306,7 @@ def _manifest(root: Path, draft: BundleDraft) -> Manifest:
             files=tuple(f"{engine.folder}/{name}" for name in engine.files),
             builder=engine.builder,
             threads=engine.threads,
+            execution=engine.execution,
         )
         for engine in draft.engines
     )

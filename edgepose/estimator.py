@@ -33,7 +33,7 @@ from edgepose.pose.one_stage import owners, people_of
 from edgepose.pose.preprocess import crop_transforms, normalise, to_source, warp
 from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
 from edgepose.runtime.provenance import ForeignEngine
-from edgepose.spec import Backend, Engine, ModelSpec, OneStage, Poses, Precision, Regression
+from edgepose.spec import Backend, Engine, Execution, ModelSpec, OneStage, Poses, Precision, Regression
 
 MAX_BATCH = 64
 """People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
@@ -104,6 +104,7 @@ class PoseEstimator:
         precision: Precision | None = None,
         *,
         flip_test: bool = False,
+        execution: Execution | None = None,
     ) -> Self:
         """Loads the first engine of a bundle that this machine can execute.
 
@@ -116,6 +117,7 @@ class PoseEstimator:
             threads: Threads of one inference, 0 for all physical cores; None takes what the engine was made for.
             precision: Take only engines of this precision.
             flip_test: Show each crop mirrored as well and average the two answers.
+            execution: Providers, device and the rest; None takes what the engine was made for.
 
         Raises:
             BadInput: `path` is no bundle, none of its engines is of that backend and precision, or the flip test lacks
@@ -124,7 +126,8 @@ class PoseEstimator:
             EnvironmentFault: No suitable runtime is installed here; the text names the extras to install.
         """
         bundle = read_bundle(path)
-        opened = _open_first(bundle, _candidates(bundle, backend, precision), threads, named=backend is not None)
+        candidates = _candidates(bundle, backend, precision)
+        opened = _open_first(bundle, candidates, threads, execution, named=backend is not None)
         engine, session = opened.engine, opened.session
         try:
             estimator = cls(session, bundle.manifest.spec, backend=engine.backend, flip_test=flip_test)
@@ -290,7 +293,9 @@ def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Pre
     candidates = _candidates(bundle, backend, precision)
     if backend is not None or candidates[0].backend in EXECUTABLE:
         return candidates[0]
-    opened = _open_first(bundle, candidates, None, named=False)  # whether an engine of TensorRT runs, opening it tells
+    opened = _open_first(
+        bundle, candidates, None, None, named=False
+    )  # whether an engine of TensorRT runs, opening it tells
     opened.session.close()
     return opened.engine
 
@@ -304,15 +309,25 @@ class _Opened(NamedTuple):
     passed_over: tuple[str, ...]
 
 
-def _candidates(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
-    """The engines asked for whose runtime is installed, in the bundle's order; at least one."""
-    where = f"bundle {bundle.root}"
+def engines_of(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
+    """A bundle's engines of a runtime and a precision, in its order; at least one.
+
+    Raises:
+        UsageError: It has none of these.
+    """
     engines = bundle.manifest.engines
-    wanted = [e for e in engines if backend in (None, e.backend) and precision in (None, e.precision)]
+    wanted = tuple(e for e in engines if backend in (None, e.backend) and precision in (None, e.precision))
     if not wanted:
         there = ", ".join(sorted({f"{e.backend} {e.precision}" for e in engines})) or "no engines at all"
         expected = " ".join(filter(None, (backend, precision))) or "at least one engine"
-        raise UsageError(where, found=there, expected=expected, fix="choose one of these, or compile for that one")
+        fix = "choose one of these, or compile for that one"
+        raise UsageError(f"bundle {bundle.root}", found=there, expected=expected, fix=fix)
+    return wanted
+
+
+def _candidates(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
+    """The engines asked for whose runtime is installed, in the bundle's order; at least one."""
+    where, wanted = f"bundle {bundle.root}", engines_of(bundle, backend, precision)
     installed = installed_backends()
     found = tuple(engine for engine in wanted if engine.backend in installed)
     if found:
@@ -322,13 +337,16 @@ def _candidates(bundle: Bundle, backend: Backend | None, precision: Precision | 
     raise _nothing_installed(where, wanted)
 
 
-def _open_first(bundle: Bundle, candidates: Sequence[Engine], threads: int | None, *, named: bool) -> _Opened:
+def _open_first(
+    bundle: Bundle, candidates: Sequence[Engine], threads: int | None, execution: Execution | None, *, named: bool
+) -> _Opened:
     """Opens the first that runs here.
 
     Args:
         bundle: Where they lie.
         candidates: In order of preference, at least one.
         threads: Threads of one inference; None takes what each engine was made for.
+        execution: The rest; None takes what each engine was made for.
         named: Whether the user asked for this backend, so that nothing else may be run instead of the first.
     """
     faults: list[IntegrityError | EnvironmentFault] = []
@@ -336,7 +354,13 @@ def _open_first(bundle: Bundle, candidates: Sequence[Engine], threads: int | Non
         file = check_engine(bundle, engine)
         used = engine.threads if threads is None else threads
         try:
-            session = open_session(file, engine.backend, threads=used, precision=engine.precision)
+            session = open_session(
+                file,
+                engine.backend,
+                threads=used,
+                precision=engine.precision,
+                execution=execution or engine.execution,
+            )
         except (ForeignEngine, EnvironmentFault) as err:
             if named:
                 raise

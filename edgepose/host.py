@@ -144,6 +144,16 @@ def physical_cores(root: Path = _ROOT) -> int:
     return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
 
 
+def core_cpus(root: Path = _ROOT) -> tuple[int, ...]:
+    """The first CPU of each physical core that this process may use, at least one."""
+    first: dict[str, int] = {}
+    for cpu in _allowed_cpus(root):
+        first.setdefault(
+            _text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu), cpu
+        )
+    return tuple(first.values()) or (0,)
+
+
 def cache_directory() -> Path:
     """This user's directory for what can be computed again; it need not exist yet.
 

@@ -171,6 +171,91 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uncertainty: str = ""
 
 
+OrtProvider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml", "xnnpack"]
+
+
+class OrtOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How ONNX Runtime executes an engine.
+
+    Attributes:
+        providers: Its execution providers, in order of preference; all of them have to be there. What none of them
+            takes runs on the CPU.
+        strict: Refuse engines of which a node runs on none of `providers`.
+        optimisation: How far the graph is rewritten: "basic" folds constants, "extended" fuses nodes as well, "all"
+            changes the memory layout, too.
+        save_optimised: Keep the rewritten graph in this host's cache, so that the next start need not rewrite it.
+        io_binding: Feed and fetch through buffers that stay where the first provider computes.
+        spinning: Whether idle threads wait actively: a little faster alone, ruinous beside other work.
+    """
+
+    providers: Annotated[tuple[OrtProvider, ...], msgspec.Meta(min_length=1)] = ("cpu",)
+    strict: bool = False
+    optimisation: Literal["none", "basic", "extended", "all"] = "all"
+    save_optimised: bool = False
+    io_binding: bool = False
+    spinning: bool = False
+
+
+_DEVICES = r"^(CPU|(GPU|NPU)(\.\d+)?|AUTO(:(CPU|GPU|NPU)(\.\d+)?(,(CPU|GPU|NPU)(\.\d+)?)*)?)$"
+
+
+class OpenvinoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How OpenVINO executes an engine.
+
+    Attributes:
+        device: "CPU", "GPU", "NPU" or "AUTO", which takes the best there is; "GPU.1" is the second one, "AUTO:GPU,CPU"
+            chooses among these.
+        hint: "latency" gives all threads to one inference; "throughput" infers the parts of a batch side by side.
+        cache: Keep what was compiled in this host's cache, so that the next start need not compile.
+    """
+
+    device: Annotated[str, msgspec.Meta(pattern=_DEVICES)] = "CPU"
+    hint: Literal["latency", "throughput"] = "latency"
+    cache: bool = False
+
+
+class Execution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the engines of a target are executed, besides their number of threads.
+
+    Attributes:
+        streams: How much runs side by side: branches of a network in ONNX Runtime, parts of a batch in OpenVINO; 0
+            leaves it to the runtime, which in ONNX Runtime is 1.
+        affinity: "pinned" ties each thread to a physical core of its own, "free" lets the system move them, "auto"
+            leaves it to the runtime. ONNX Runtime never moves or ties the thread that calls it.
+        onnxruntime: What ONNX Runtime alone has.
+        openvino: What OpenVINO alone has.
+    """
+
+    streams: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    affinity: Literal["auto", "free", "pinned"] = "auto"
+    onnxruntime: OrtOptions = OrtOptions()
+    openvino: OpenvinoOptions = OpenvinoOptions()
+
+
+class TensorrtBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How TensorRT engines are built.
+
+    Attributes:
+        profiles: Smallest, best and largest batch of each optimisation profile; `max_batch` cuts them off.
+        floats: Arithmetic of a float network's engine; decoding inside the network stays in FP32.
+        level: How long the builder looks for fast kernels, 0..5.
+        workspace_mib: Most memory that one kernel may take for itself; 0 leaves it to TensorRT.
+        hardware: Other GPUs that engines run on, slower: none, any from Ampere on, or any of one compute capability.
+        version_compatible: Whether newer versions of TensorRT load the engines, through the lean runtime.
+        dla_core: DLA core that takes the layers it can; the others fall back to the GPU. Batches are fixed then.
+        strip_weights: Leave weights out of engines; they are put back from the ONNX file when an engine is loaded.
+    """
+
+    profiles: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ((1, 8, 64),)
+    floats: Literal["fp32", "fp16"] = "fp16"
+    level: Annotated[int, msgspec.Meta(ge=0, le=5)] = 3
+    workspace_mib: Annotated[int, msgspec.Meta(ge=0)] = 0
+    hardware: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
+    version_compatible: bool = False
+    dla_core: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    strip_weights: bool = False
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A device to build for; the files of profiles/targets hold these.
 
@@ -182,8 +267,12 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         threads: Intra-op threads; 0 takes all physical cores this process may use.
         weight_bits: Bits of quantised weights; 7 avoids saturating sums on x86 without VNNI; "auto" asks the host.
         round_to: Channel counts of pruned layers are multiples of this.
-        compute_capability: NVIDIA compute capability ("8.7"), empty on CPUs.
+        compute_capability: NVIDIA compute capability ("8.7"), or several where one engine is to serve all ("8.6, 8.9");
+            empty on CPUs.
         max_batch: Largest batch that engines are built and checked for.
+        batch: Fixed batch of its engines; 0 leaves it free.
+        execution: How its engines are executed.
+        tensorrt: How TensorRT engines are built.
         notes: What a user of this device has to know.
     """
 
@@ -196,6 +285,9 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     round_to: PositiveInt = 16
     compute_capability: str = ""
     max_batch: PositiveInt = 64
+    batch: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    execution: Execution = Execution()
+    tensorrt: TensorrtBuild = TensorrtBuild()
     notes: str = ""
 
 
@@ -211,6 +303,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         files: All files that belong to it, relative to the bundle's root.
         builder: Name and version of the library that built it ("openvino 2026.4.1").
         threads: Intra-op threads the engine is to be run with; 0 takes all physical cores.
+        execution: How it is to be run besides that.
     """
 
     target: str
@@ -221,6 +314,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: tuple[str, ...]
     builder: str
     threads: int = 0
+    execution: Execution = Execution()
 
 
 @dataclass(frozen=True, slots=True)

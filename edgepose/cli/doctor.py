@@ -37,6 +37,7 @@ class BackendState:
         installed: Whether its package can be found.
         usable: Whether it can execute engines here.
         version: Version of its package; empty where it is not installed.
+        devices: Execution providers of ONNX Runtime, devices of OpenVINO; none where it is not usable.
         missing: What stands between this machine and a running engine, most basic first: what was found, what to do.
     """
 
@@ -45,6 +46,7 @@ class BackendState:
     usable: bool
     version: str
     missing: tuple[tuple[str, str], ...]
+    devices: tuple[str, ...] = ()
 
 
 def doctor(json: StdoutJsonFlag = False) -> int:
@@ -96,7 +98,17 @@ def _backend(backend: Backend, host: Fingerprint) -> BackendState:
     except (ImportError, OSError, RuntimeError) as err:  # a wheel without its libraries raises any of them
         fix = f"pip install --force-reinstall 'edgepose[{extra_of(backend)}]'"
         return BackendState(backend, True, False, version, ((f"an installed package that does not load ({err})", fix),))
-    return BackendState(backend, True, True, version, ())
+    return BackendState(backend, True, True, version, (), _devices(backend))
+
+
+def _devices(backend: Backend) -> tuple[str, ...]:
+    if backend == "onnxruntime":
+        from edgepose.runtime.ort import available_providers
+
+        return available_providers()
+    from edgepose.runtime.openvino import available_devices
+
+    return available_devices()
 
 
 def _distributions(backend: Backend) -> tuple[str, ...]:
@@ -157,8 +169,8 @@ def _show_backends(backends: list[BackendState]) -> None:
     rows = []
     for state in backends:
         outcome = "usable" if state.usable else "not usable" if state.installed else "not installed"
-        rows.append((state.backend, state.version or "–", outcome))
-    show_table(("backend", "version", ""), rows, title="\nbackends")
+        rows.append((state.backend, state.version or "–", outcome, ", ".join(state.devices)))
+    show_table(("backend", "version", "", "providers or devices"), rows, title="\nbackends")
     for state in backends:
         for found, fix in state.missing:
             say(f"  {state.backend}: {found}: {fix}")

@@ -16,7 +16,7 @@ from edgepose.errors import UsageError
 
 if TYPE_CHECKING:
     from edgepose.data.coco import PoseDataset
-    from edgepose.spec import Backend, Precision
+    from edgepose.spec import Backend, Execution, Precision
 
 BackendFlag = Annotated[
     str | None, typer.Option("--backend", help="Take only engines of this runtime: onnxruntime, openvino.")
@@ -25,6 +25,21 @@ PrecisionFlag = Annotated[str | None, typer.Option("--precision", help="Take onl
 ThreadsFlag = Annotated[
     int | None,
     typer.Option("--threads", min=0, help="Threads of one inference, 0 for all physical cores. Default: the engine's."),
+]
+ProviderFlag = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--provider",
+        help="Take only engines of ONNX Runtime and run them by this execution provider: cpu, cuda, tensorrt, "
+        "openvino, coreml, directml, xnnpack; repeat for several, the preferred one first.",
+    ),
+]
+DeviceFlag = Annotated[
+    str | None,
+    typer.Option("--device", help="Take only engines of OpenVINO and run them on this device: CPU, GPU, NPU, AUTO."),
+]
+StrictFlag = Annotated[
+    bool, typer.Option("--strict", help="Fail where a node of the network runs on none of the --provider named.")
 ]
 FlipTestFlag = Annotated[
     bool,
@@ -52,6 +67,37 @@ def checked_backend(name: str | None) -> Backend | None:
     if name is not None and name not in BACKENDS:
         raise UsageError("--backend", found=repr(name), expected=f"one of {', '.join(BACKENDS)}")
     return name
+
+
+def checked_execution(
+    backend: Backend | None, providers: Sequence[str] | None, device: str | None, *, strict: bool
+) -> tuple[Backend | None, Execution | None]:
+    """The runtime that --backend, --provider and --device mean, and what it is told; None for what nobody said.
+
+    Raises:
+        UsageError: There is no such provider or device, or they contradict each other.
+    """
+    from edgepose.spec import Execution
+
+    if strict and not providers:
+        fix = "say which provider all nodes have to run on, or leave it off"
+        raise UsageError("--strict", found="no --provider", expected="at least one", fix=fix)
+    if providers and device is not None:
+        found, expected = "--provider as well", "one of them: providers are ONNX Runtime's, devices OpenVINO's"
+        raise UsageError("--device", found=found, expected=expected, fix="leave one of them off")
+    if not providers and device is None:
+        return backend, None
+    wanted: Backend = "onnxruntime" if providers else "openvino"
+    flag = "--provider" if providers else "--device"
+    if backend not in (None, wanted):
+        raise UsageError(flag, found=f"--backend {backend}", expected=wanted, fix="leave one of them off")
+    told = {"providers": [p.lower() for p in providers], "strict": strict} if providers else {"device": device}
+    try:
+        return wanted, msgspec.convert({wanted: told}, Execution)
+    except msgspec.ValidationError as err:
+        known = "cpu, cuda, tensorrt, openvino, coreml, directml, xnnpack" if providers else "CPU, GPU, NPU or AUTO"
+        found = ", ".join(providers) if providers else str(device)
+        raise UsageError(flag, found=found, expected=known, fix="choose one of these") from err
 
 
 def checked_precision(name: str | None) -> Precision | None:

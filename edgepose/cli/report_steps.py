@@ -232,7 +232,9 @@ def _engine(bundle: Bundle, engine: Engine, *, alone: bool) -> _Candidate:
     @contextmanager
     def opened() -> Iterator[_Opened]:
         file = check_engine(bundle, engine)
-        session = open_session(file, engine.backend, threads=engine.threads, precision=engine.precision)
+        session = open_session(
+            file, engine.backend, threads=engine.threads, precision=engine.precision, execution=engine.execution
+        )
         with PoseEstimator(session, bundle.manifest.spec, backend=engine.backend) as estimator:
             yield _Opened(estimator, costs)
 

@@ -18,12 +18,16 @@ from edgepose.cli.boxes import BoxFile, read_boxes
 from edgepose.cli.console import STDOUT, note, say, steps, write_json
 from edgepose.cli.options import (
     BackendFlag,
+    DeviceFlag,
     FlipTestFlag,
     JsonFlag,
     PrecisionFlag,
+    ProviderFlag,
+    StrictFlag,
     ThreadsFlag,
     check_outputs,
     checked_backend,
+    checked_execution,
     checked_precision,
 )
 from edgepose.cli.pictures import Shot, Source, check_output_suffix, open_source, picture_sink, shots
@@ -34,7 +38,7 @@ from edgepose.pose.metrics import oks_sigmas
 from edgepose.pose.nms import oks_nms
 from edgepose.pose.smoothing import SmoothingState, smooth_people
 from edgepose.profiler.accuracy import AREA_OF_BOX
-from edgepose.spec import Backend, Keypoints, OneStage, Poses, Precision
+from edgepose.spec import Backend, Execution, Keypoints, OneStage, Poses, Precision
 
 EXAMPLES = (
     "edgepose run kpe-s.bundle photo.jpg --out drawn.jpg",
@@ -68,6 +72,9 @@ def run(
     json: JsonFlag = None,
     backend: BackendFlag = None,
     precision: PrecisionFlag = None,
+    provider: ProviderFlag = None,
+    device: DeviceFlag = None,
+    strict: StrictFlag = False,
     threads: ThreadsFlag = None,
     flip_test: FlipTestFlag = False,
     min_score: Annotated[
@@ -97,7 +104,8 @@ def run(
     the network says them, each joint's visibility 0..1 and expected error in pixels.
     """
     check_outputs([out, json], [path for path in (source, bundle, boxes, detector) if path is not None])
-    chosen = checked_backend(backend), threads, checked_precision(precision)
+    wanted, execution = checked_execution(checked_backend(backend), provider, device, strict=strict)
+    chosen = wanted, threads, checked_precision(precision)
     opened = open_source(source)
     if out is not None:
         check_output_suffix(out, opened.kind)
@@ -107,8 +115,8 @@ def run(
     people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
     rows: list[dict[str, Any]] = []
     with (
-        PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test) as estimator,
-        nullcontext() if detector is None else _detector(detector, estimator, *chosen) as finder,
+        PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test, execution=execution) as estimator,
+        nullcontext() if detector is None else _detector(detector, estimator, *chosen, execution) as finder,
     ):
         info = estimator.info()
         keypoints = estimator.spec.keypoints
@@ -158,7 +166,12 @@ def _say_how(info: EstimatorInfo) -> None:
 
 
 def _detector(
-    path: Path, estimator: PoseEstimator, backend: Backend | None, threads: int | None, precision: Precision | None
+    path: Path,
+    estimator: PoseEstimator,
+    backend: Backend | None,
+    threads: int | None,
+    precision: Precision | None,
+    execution: Execution | None,
 ) -> PoseEstimator:
     """The network that finds people for another one.
 
@@ -168,7 +181,7 @@ def _detector(
     if isinstance(estimator.spec.decoder, OneStage):
         found = f"{estimator.spec.name}, which finds people itself"
         raise UsageError("--detector", found=found, expected="a network that is shown one person", fix="leave it off")
-    finder = PoseEstimator.from_bundle(path, backend, threads, precision)
+    finder = PoseEstimator.from_bundle(path, backend, threads, precision, execution=execution)
     if not isinstance(finder.spec.decoder, OneStage):
         finder.close()
         found = f"{finder.spec.name}, which is shown one person at a time"

@@ -14,15 +14,26 @@ import typer
 
 from edgepose.bundle import Bundle, check_engine, verify_bundle
 from edgepose.cli.console import STDOUT, note, say, show_table, steps, write_json
-from edgepose.cli.options import StdoutJsonFlag, ThreadsFlag
+from edgepose.cli.options import (
+    BackendFlag,
+    DeviceFlag,
+    ProviderFlag,
+    StdoutJsonFlag,
+    StrictFlag,
+    ThreadsFlag,
+    checked_backend,
+    checked_execution,
+)
 from edgepose.errors import BackendUnavailable, EnvironmentFault, IntegrityError, ParityError
+from edgepose.estimator import engines_of
 from edgepose.golden import KEYPOINTS, check_golden
-from edgepose.runtime import open_session
+from edgepose.runtime import SessionFacts, facts_of, open_session
 from edgepose.runtime.provenance import ForeignEngine
-from edgepose.spec import Engine
+from edgepose.spec import Engine, Execution
 
 EXAMPLES = (
     "edgepose verify kpe-s.bundle",
+    "edgepose verify kpe-s.bundle --provider cuda --strict",
     "edgepose verify kpe-s.bundle --hashes-only",
     "edgepose verify kpe-s.bundle --json",
 )
@@ -46,6 +57,8 @@ class EngineCheck:
         outcome: "same" and "different" compare with the golden vectors; "unknown" where the bundle has none.
         detail: The largest difference of the keypoints, or why it was not run.
         fault: The error behind "different" and "not run".
+        runs: Where its nodes run, in a few words; empty where it was not run or its runtime does not tell.
+        facts: All that its runtime says of it.
     """
 
     engine: str
@@ -54,56 +67,72 @@ class EngineCheck:
     outcome: Literal["same", "different", "unknown", "not run"]
     detail: str
     fault: ParityError | EnvironmentFault | IntegrityError | None = None
+    runs: str = ""
+    facts: SessionFacts | None = None
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
     threads: ThreadsFlag = None,
     hashes_only: Annotated[bool, typer.Option("--hashes-only", help="Run no engine.")] = False,
+    backend: BackendFlag = None,
+    provider: ProviderFlag = None,
+    device: DeviceFlag = None,
+    strict: StrictFlag = False,
     json: StdoutJsonFlag = False,
 ) -> int:
     """Check every byte of a bundle, then run each engine on the bundle's golden inputs.
 
+    Says where the nodes of each engine run: which execution provider of ONNX Runtime, which device of OpenVINO.
+
     Exit code 8 where a file was changed, 5 where an engine answers differently, 6 where no engine can be run here. An
     engine that was built for another machine is not run; its line names what differs and the command that rebuilds it.
     """
+    wanted, execution = checked_execution(checked_backend(backend), provider, device, strict=strict)
     checked = verify_bundle(bundle)
     files = len(checked.manifest.files)
     if not json:
         say(f"{bundle}: all {files} files are what the manifest says; digest {checked.digest}")
-    engines = () if hashes_only else checked.manifest.engines
+    engines = () if hashes_only else engines_of(checked, wanted, None)
     checks: list[EngineCheck] = []
     with steps() as progress:
         for number, engine in enumerate(engines):
             progress.told("running engines", number, len(engines))
-            checks.append(_check(checked, engine, threads))
+            checks.append(_check(checked, engine, threads, execution))
     if json:
         rows = [{**asdict(check), "fault": str(check.fault or "")} for check in checks]
         write_json(STDOUT, {"bundle": str(bundle), "digest": checked.digest, "files": files, "engines": rows})
     elif checks:
-        cells = [(c.engine, f"{c.backend} {c.precision}", _WORDS[c.outcome], c.detail) for c in checks]
-        show_table(("engine", "runtime", "outcome", ""), cells)
+        cells = [(c.engine, f"{c.backend} {c.precision}", _WORDS[c.outcome], c.runs, c.detail) for c in checks]
+        show_table(("engine", "runtime", "outcome", "runs", ""), cells)
     return _conclude(bundle, checks)
 
 
-def _check(bundle: Bundle, engine: Engine, threads: int | None) -> EngineCheck:
+def _check(bundle: Bundle, engine: Engine, threads: int | None, execution: Execution | None) -> EngineCheck:
     told = engine.path, engine.backend, engine.precision
     used = engine.threads if threads is None else threads
     try:
-        session = open_session(check_engine(bundle, engine), engine.backend, threads=used, precision=engine.precision)
-    except ForeignEngine as err:
+        session = open_session(
+            check_engine(bundle, engine),
+            engine.backend,
+            threads=used,
+            precision=engine.precision,
+            execution=execution or engine.execution,
+        )
+    except (ForeignEngine, EnvironmentFault) as err:
         return EngineCheck(*told, "not run", str(err), err)
-    except EnvironmentFault as err:
-        return EngineCheck(*told, "not run", f"{err.found}; {err.fix}" if err.fix else err.found, err)
     try:
+        facts = facts_of(session)
+        runs = "" if facts is None else facts.text
         found = check_golden(bundle, engine, session)
     except ParityError as err:
-        return EngineCheck(*told, "different", str(err), err)
+        return EngineCheck(*told, "different", str(err), err, runs, facts)
     finally:
         session.close()
     if found is None:
-        return EngineCheck(*told, "unknown", "the bundle has no golden vectors")
-    return EngineCheck(*told, "same", f"keypoints moved by {found.differences[KEYPOINTS]:.3g} px (median)")
+        return EngineCheck(*told, "unknown", "the bundle has no golden vectors", None, runs, facts)
+    detail = f"keypoints moved by {found.differences[KEYPOINTS]:.3g} px (median)"
+    return EngineCheck(*told, "same", detail, None, runs, facts)
 
 
 def _conclude(bundle: Path, checks: list[EngineCheck]) -> int:

@@ -22,7 +22,7 @@ from edgepose.profiler.harness import Stage
 from edgepose.profiler.messages import Load
 from edgepose.profiler.record import BundleArm, ModelArm
 from edgepose.runtime import Session, open_session
-from edgepose.spec import ModelSpec, OneStage, TensorSpec
+from edgepose.spec import Execution, ModelSpec, OneStage, OrtOptions, TensorSpec
 
 _FREE_SIDE = 256  # of a free dimension that is not the batch; only networks without a fixed input size have one
 
@@ -53,14 +53,17 @@ def open_engine(arm: BundleArm | ModelArm, request: Load) -> EngineStages:
         IntegrityError: The engine was changed since its bundle was written.
     """
     if isinstance(arm, ModelArm):
+        execution = Execution(onnxruntime=OrtOptions(spinning=arm.spinning))
         session = open_session(
-            arm.path, arm.backend, threads=request.threads, precision=arm.precision, spinning=arm.spinning
+            arm.path, arm.backend, threads=request.threads, precision=arm.precision, execution=execution
         )
         return EngineStages(infer_stages(session, request), arm.backend, session, _batch_of(session, request))
     bundle = read_bundle(arm.path)
     engine = choose_engine(bundle, arm.backend, arm.precision)
     file = check_engine(bundle, engine)
-    session = open_session(file, engine.backend, threads=request.threads, precision=engine.precision)
+    session = open_session(
+        file, engine.backend, threads=request.threads, precision=engine.precision, execution=engine.execution
+    )
     if arm.timed == "infer":
         stages = infer_stages(session, request)
     else:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, assert_never, get_args
 
 from edgepose.errors import BackendUnavailable, EdgeposeError, MissingDependency, UsageError
 from edgepose.host import physical_cores
-from edgepose.runtime.session import Session, check_feeds
-from edgepose.spec import Backend, Precision
+from edgepose.runtime.session import Session, SessionFacts, check_feeds, facts_of
+from edgepose.spec import Backend, Execution, Precision
 from edgepose.telemetry import block_telemetry
 
 if TYPE_CHECKING:
@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
 block_telemetry()  # before any leaf imports openvino
 
-__all__ = ["BACKENDS", "EXECUTABLE", "Session", "check_feeds", "extra_of", "installed_backends", "open_session"]
+__all__ = [
+    "BACKENDS",
+    "EXECUTABLE",
+    "Session",
+    "SessionFacts",
+    "check_feeds",
+    "extra_of",
+    "facts_of",
+    "installed_backends",
+    "open_session",
+]
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 EXECUTABLE: tuple[Backend, ...] = ("onnxruntime", "openvino")
@@ -50,7 +60,7 @@ def open_session(
     *,
     threads: int = 0,
     precision: Precision = "fp32",
-    spinning: bool = False,
+    execution: Execution | None = None,
     tensorrt: TensorrtOptions | None = None,
 ) -> Session:
     """Loads an engine.
@@ -61,7 +71,7 @@ def open_session(
         threads: Threads of one inference; 0 takes all physical cores this process may use. A GPU has none to count.
         precision: Arithmetic of what the engine does not quantise; ONNX Runtime on the CPU has FP32 only. TensorRT
             engines have had theirs fixed when they were built.
-        spinning: Whether idle threads of ONNX Runtime wait actively (OpenVINO's never do for long).
+        execution: Providers, devices, streams and affinity; what it says of other backends than this one is not read.
         tensorrt: How TensorRT engines are executed: who calls CUDA, graphs, trusted keys.
 
     Raises:
@@ -75,8 +85,6 @@ def open_session(
         raise UsageError("backend", found=repr(backend), expected=f"one of {', '.join(BACKENDS)}")
     if threads < 0:
         raise UsageError("threads", found=str(threads), expected="0 (all physical cores) or more")
-    if spinning and backend != "onnxruntime":
-        raise UsageError("spinning", found=f"backend {backend}", expected="onnxruntime", fix="leave it off")
     if tensorrt is not None and backend not in ("tensorrt", "tensorrt-rtx"):
         raise UsageError(
             "tensorrt", found=f"backend {backend}", expected="tensorrt or tensorrt-rtx", fix="leave it out"
@@ -86,13 +94,13 @@ def open_session(
             from edgepose.runtime.tensorrt import open_engine
 
             return open_engine(Path(path), backend, tensorrt)
-        return _open(Path(path), backend, threads or physical_cores(), precision, spinning)
+        return _open(Path(path), backend, threads or physical_cores(), precision, execution or Execution())
     except ImportError as err:
         raise _import_fault(backend, err) from err
 
 
 def _open(
-    path: Path, backend: Literal["onnxruntime", "openvino"], threads: int, precision: Precision, spinning: bool
+    path: Path, backend: Literal["onnxruntime", "openvino"], threads: int, precision: Precision, execution: Execution
 ) -> Session:
     match backend:
         case "onnxruntime":
@@ -100,11 +108,11 @@ def _open(
                 raise UsageError("precision", found=f"{precision} with onnxruntime", expected="fp32 or int8")
             from edgepose.runtime.ort import OrtSession
 
-            return OrtSession(path, threads=threads, spinning=spinning)
+            return OrtSession(path, threads=threads, precision=precision, execution=execution)
         case "openvino":
             from edgepose.runtime.openvino import OpenvinoSession
 
-            return OpenvinoSession(path, threads=threads, precision=precision)
+            return OpenvinoSession(path, threads=threads, precision=precision, execution=execution)
         case _:
             assert_never(backend)
 

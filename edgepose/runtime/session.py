@@ -6,6 +6,7 @@ Invariant: a session knows nothing about pose; anyone may pass in their own, fou
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +48,34 @@ class Session(Protocol):
     def close(self) -> None:
         """Frees the network; calling it twice is harmless, calling `infer` afterwards is an error."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """What a runtime itself says of a network that it has loaded, read back after loading.
+
+    Attributes:
+        placement: Provider or device → the nodes that it executes.
+        settings: What it was told and holds to, by name: "threads", "precision", …
+    """
+
+    placement: dict[str, tuple[str, ...]]
+    settings: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        """One line for people: "all 57 nodes on cpu"."""
+        total = sum(map(len, self.placement.values()))
+        if len(self.placement) == 1:
+            return f"all {total} nodes on {next(iter(self.placement))}"
+        return ", ".join(f"{len(nodes)} of {total} nodes on {name}" for name, nodes in self.placement.items())
+
+
+def facts_of(session: Session) -> SessionFacts | None:
+    """What the runtime says of a session, where it tells: ONNX Runtime and OpenVINO do."""
+    tell = getattr(session, "facts", None)
+    facts = tell() if callable(tell) else None
+    return facts if isinstance(facts, SessionFacts) else None
 
 
 def check_feeds(feeds: Mapping[str, Array], inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:

@@ -18,7 +18,7 @@ from edgepose.bundle import Bundle, BundleDraft, EngineDraft, is_pristine, read_
 from edgepose.errors import BackendUnavailable, EdgeposeError, MissingDependency, UsageError
 from edgepose.host import fingerprint, weight_bits
 from edgepose.runtime import EXECUTABLE
-from edgepose.spec import Backend, Precision, Target
+from edgepose.spec import Backend, Execution, Precision, Target
 from edgepose.stages.cache import StageKey, StageResult, run_stage
 
 _BUILDERS: dict[str, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
@@ -78,6 +78,8 @@ class EngineOrder:
         config: dict[str, Any] = {"weight_bits": self.weight_bits}
         if self.precision is not None:
             config = {"precision": self.precision}
+        if self.target.execution != Execution():  # part of what a bundle is made of, though not of the engine's files
+            config["execution"] = self.target.execution
         return StageKey(self.stage, inputs, config, (_BUILDERS[self.backend], "onnx"))
 
 
@@ -224,6 +226,7 @@ def _engine_draft(order: EngineOrder, result: StageResult) -> EngineDraft:
         main=report["main"],
         builder=f"{builder} {fingerprint().libraries.get(builder, '')}".strip(),
         threads=order.target.threads,
+        execution=order.target.execution,
         tolerances=_tolerances(report),
     )
 

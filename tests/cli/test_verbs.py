@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import cv2
 import msgspec
 import numpy as np
 import pytest
@@ -56,6 +57,56 @@ def test_verify_notices_one_byte(cli: Cli, bundle: Path, name: str) -> None:
     outcome = cli("verify", bundle)
     assert outcome.code == 8
     assert name in outcome.line
+
+
+def test_verify_says_where_nodes_run_and_what_the_runtime_was_told(cli: Cli, bundle: Path) -> None:
+    outcome = cli("verify", bundle)
+    assert "all 3 nodes on cpu" in outcome.out
+    assert "nodes on CPU" in outcome.out
+    rows = {row["backend"]: row for row in json.loads(cli("verify", bundle, "--json").out)["engines"]}
+    assert rows["onnxruntime"]["facts"]["placement"] == {"cpu": ["Conv", "ReduceSum", "ReduceSum"]}
+    assert rows["openvino"]["facts"]["settings"]["precision"] == "f32"
+
+
+def test_verify_runs_the_engines_of_the_provider_or_device_alone(cli: Cli, bundle: Path) -> None:
+    assert cli("verify", bundle, "--provider", "CPU", "--strict").out.count("answers as recorded") == 1
+    rows = json.loads(cli("verify", bundle, "--device", "AUTO", "--json").out)["engines"]
+    assert [(row["backend"], row["outcome"]) for row in rows] == [("openvino", "same")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--provider", "cuda"), 6, "provider|cuda|cpu"),
+        (("--provider", "rocm"), 2, "--provider: found rocm, expected cpu, cuda, tensorrt"),
+        (("--device", "TPU"), 2, "--device: found TPU, expected CPU, GPU"),
+        (("--device", "GPU.9"), 6, "the devices CPU"),
+        (("--strict",), 2, "--strict: found no --provider"),
+        (("--provider", "cpu", "--device", "CPU"), 2, "--device: found --provider as well"),
+        (("--provider", "cpu", "--backend", "openvino"), 2, "--provider: found --backend openvino"),
+        (("--device", "CPU", "--backend", "onnxruntime"), 2, "--device: found --backend onnxruntime"),
+    ],
+)
+def test_provider_or_device_that_cannot_be_is_said(
+    cli: Cli, bundle: Path, tmp_path: Path, flags: tuple[str, ...], code: int, said: str
+) -> None:
+    from edgepose.runtime.ort import available_providers
+
+    if "cuda" in flags and "cuda" in available_providers():
+        pytest.skip("there is CUDA here")
+    picture = tmp_path / "grey.png"
+    assert cv2.imwrite(str(picture), np.zeros((64, 64, 3), np.uint8))
+    for verb in (("verify", bundle), ("run", bundle, picture)):
+        outcome = cli(*verb, *flags)
+        assert outcome.code == code
+        assert all(word in outcome.line for word in said.split("|"))
+
+
+def test_run_takes_provider_and_device(cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "grey.png"
+    assert cv2.imwrite(str(picture), np.zeros((64, 64, 3), np.uint8))
+    assert "on onnxruntime fp32" in cli("run", bundle, picture, "--provider", "cpu", "--strict").err
+    assert "on openvino fp32" in cli("run", bundle, picture, "--device", "CPU").err
 
 
 def test_verify_notices_a_file_too_many(cli: Cli, bundle: Path) -> None:

@@ -189,14 +189,6 @@ def test_negative_threads_are_refused(tmp_path: Path) -> None:
         open_session(tmp_path / "x", "onnxruntime", threads=-1)
 
 
-def test_spinning_is_an_option_of_onnxruntime_only(tmp_path: Path) -> None:
-    path, _ = engine(tmp_path, "onnxruntime")
-    opened = open_session(path, "onnxruntime", threads=2, spinning=True)
-    assert opened.infer({"images": images()})["simcc_x"].shape == (2, 2, WIDTH)
-    with pytest.raises(UsageError, match="spinning"):
-        open_session(path, "openvino", threads=2, spinning=True)
-
-
 @pytest.mark.parametrize(("backend", "leaf"), [("onnxruntime", "ort"), ("openvino", "openvino")])
 def test_missing_package_names_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend, leaf: str
