@@ -199,10 +199,15 @@ class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From torch to ONNX.
 
     Attributes:
-        opset: Version of the ONNX operator set; 18 is the lowest that torch's exporter writes.
+        opset: Version of the ONNX operator set.
+        image_input: Whether the network takes crops as they come from a camera, (batch, h, w, 3) uint8 BGR; order of
+            colours, mean, standard deviation and layout are then part of its graph.
+        decoding: Whether the network says keypoints and scores instead of what they are decoded from.
     """
 
-    opset: Annotated[int, msgspec.Meta(ge=18, le=23)] = 18
+    opset: Annotated[int, msgspec.Meta(ge=13, le=23)] = 18
+    image_input: bool = False
+    decoding: bool = False
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -16,9 +16,9 @@ from edgepose.spec import Heatmap
 Floats = NDArray[np.float32]
 Integers = NDArray[np.intp]
 
-_LOWEST = 1e-6  # heat below it is none; also keeps logarithms finite
-_DARK_RADIUS = 2  # the smoothed 3 x 3 cells around a peak are made of 5 x 5
-_MEAN_RADIUS = 3  # holds 99 % of a Gaussian of 0.75 cells, the narrowest that training draws, and 97 % of one of 1.25
+LOWEST = 1e-6  # heat below it is none; also keeps logarithms finite
+DARK_RADIUS = 2  # the smoothed 3 x 3 cells around a peak are made of 5 x 5
+MEAN_RADIUS = 3  # holds 99 % of a Gaussian of 0.75 cells, the narrowest that training draws, and 97 % of one of 1.25
 
 
 def cell_grid(cells: int, decoder: Heatmap) -> tuple[float, float]:
@@ -85,10 +85,10 @@ def _offsets(maps: Floats, which: Integers, cells: Integers, refine: str) -> Flo
     match refine:
         case "quarter":
             return _quarter_offset(maps, which, cells)
-        case "dark" if min(maps.shape[1:]) > 2 * _DARK_RADIUS:
-            return _dark_offset(_log_patches(maps, which, cells, _DARK_RADIUS))
-        case "softargmax" if min(maps.shape[1:]) > 2 * _MEAN_RADIUS:
-            return _mean_offset(_log_patches(maps, which, cells, _MEAN_RADIUS))
+        case "dark" if min(maps.shape[1:]) > 2 * DARK_RADIUS:
+            return _dark_offset(_log_patches(maps, which, cells, DARK_RADIUS))
+        case "softargmax" if min(maps.shape[1:]) > 2 * MEAN_RADIUS:
+            return _mean_offset(_log_patches(maps, which, cells, MEAN_RADIUS))
         case _:  # "none", and maps too small to refine anything by
             return np.zeros(cells.shape, np.float32)
 
@@ -117,7 +117,7 @@ def _log_patches(maps: Floats, which: Integers, cells: Integers, radius: int) ->
     start_y = np.clip(cells[:, 1] - radius, 0, height - size)
     span = np.arange(size)
     inside = maps[which[:, None, None], (start_y[:, None] + span)[:, :, None], (start_x[:, None] + span)[:, None, :]]
-    logs: Floats = np.log(np.maximum(inside, np.float32(_LOWEST)))
+    logs: Floats = np.log(np.maximum(inside, np.float32(LOWEST)))
     shift_x, shift_y = cells[:, 0] - radius - start_x, cells[:, 1] - radius - start_y
     if not (shift_x.any() or shift_y.any()):
         return logs
@@ -135,7 +135,7 @@ def _shifted(logs: Floats, shift: Integers) -> Floats:
         a, b, c = (logs[..., i, None] for i in (first, second, third))
         beyond = a + steps * (a - b) + steps * (steps + 1) / 2 * (a - 2 * b + c)
         # Heat falls beyond a border: were it to rise, the peak would be outside, where no label is.
-        moved = np.where(steps > 0, np.clip(beyond, np.float32(np.log(_LOWEST)), a), moved)
+        moved = np.where(steps > 0, np.clip(beyond, np.float32(np.log(LOWEST)), a), moved)
     return moved.astype(np.float32)
 
 

@@ -15,7 +15,7 @@ from edgepose.spec import Regression
 
 Floats = NDArray[np.float32]
 
-_NEAR_PX = 3.0  # an error of at most this counts as a hit in the score: about what SimCC's score counts
+NEAR_PX = 3.0  # an error of at most this counts as a hit in the score: about what SimCC's score counts
 
 
 def decode_regression(
@@ -41,7 +41,7 @@ def decode_regression(
         return keypoints, np.clip(scores, 0, 1)
     if scales is None:
         return keypoints, np.ones(keypoints.shape[:2], np.float32)
-    near = -np.expm1(-_NEAR_PX / np.maximum(scales * size, np.float32(1e-6)))
+    near = -np.expm1(-NEAR_PX / np.maximum(scales * size, np.float32(1e-6)))
     return keypoints, np.sqrt(near[..., 0] * near[..., 1]).astype(np.float32)
 
 

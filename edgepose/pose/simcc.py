@@ -14,9 +14,9 @@ from edgepose.spec import SimCC
 
 Floats = NDArray[np.float32]
 
-_SUPPORT = 2  # bins on each side of the peak that take part in its sub-bin position
+SUPPORT = 2  # bins on each side of the peak that take part in its sub-bin position
 _VOTE_PX = 1.5  # half the width of a sliding sum; two of them weigh bins by a triangle of twice that on each side
-_MASS = 6  # bins on each side whose probability counts as confidence: about ±3 pixels at split ratio 2
+MASS = 6  # bins on each side whose probability counts as confidence: about ±3 pixels at split ratio 2
 
 
 def decode_simcc(x: Floats, y: Floats, decoder: SimCC) -> tuple[Floats, Floats]:
@@ -31,10 +31,15 @@ def decode_simcc(x: Floats, y: Floats, decoder: SimCC) -> tuple[Floats, Floats]:
         Keypoints (N, K, 2) float32 in pixels of the input crop, and scores (N, K) float32 in 0..1: the geometric mean,
         over the two axes, of the probability around the peak.
     """
-    reach = max(1, round(_VOTE_PX * decoder.split_ratio))
+    reach = vote_reach(decoder)
     (px, sx), (py, sy) = _peak_1d(x, reach), _peak_1d(y, reach)
     keypoints = np.stack([px, py], axis=-1) / np.float32(decoder.split_ratio)
     return keypoints.astype(np.float32), np.sqrt(sx * sy)
+
+
+def vote_reach(decoder: SimCC) -> int:
+    """How many bins on each side a sliding sum has; two of them find the peak."""
+    return max(1, round(_VOTE_PX * decoder.split_ratio))
 
 
 def _peak_1d(logits: Floats, reach: int) -> tuple[Floats, Floats]:
@@ -50,13 +55,13 @@ def _peak_1d(logits: Floats, reach: int) -> tuple[Floats, Floats]:
     cumulative = _cumulative(probability)
     summed = _within(_cumulative(_within(cumulative, reach)), reach)
     voted = summed.argmax(-1)
-    margin = 2 * reach + _SUPPORT
+    margin = 2 * reach + SUPPORT
     free = (voted >= margin) & (voted < bins - margin)
     peak = np.where(free, voted, logits.argmax(-1))
     sums = np.log(np.maximum(summed, np.finfo(np.float32).tiny))
     position = np.where(free, _refined(sums, peak), _refined(logits, peak))
-    high = np.minimum(peak + _MASS + 1, bins)[..., None]
-    low = np.maximum(peak - _MASS, 0)[..., None]
+    high = np.minimum(peak + MASS + 1, bins)[..., None]
+    low = np.maximum(peak - MASS, 0)[..., None]
     mass = np.take_along_axis(cumulative, high, -1) - np.take_along_axis(cumulative, low, -1)
     return position.astype(np.float32), np.clip(mass[..., 0], 0, 1).astype(np.float32)
 
@@ -76,24 +81,24 @@ def _within(cumulative: Floats, reach: int) -> Floats:
 
 
 def _refined(logits: Floats, peak: NDArray[np.integer]) -> Floats:
-    """The peak's sub-bin position: that of the parabola through it and its neighbours at distance `_SUPPORT`.
+    """The peak's sub-bin position: that of the parabola through it and its neighbours at distance `SUPPORT`.
 
     Exact for a Gaussian; the wide base makes it robust to the quantisation steps of INT8 logits.
     """
     bins = logits.shape[-1]
-    centre = np.clip(peak, _SUPPORT, bins - 1 - _SUPPORT)
+    centre = np.clip(peak, SUPPORT, bins - 1 - SUPPORT)
 
     def at(index: NDArray[np.integer]) -> Floats:
         return np.take_along_axis(logits, index[..., None], -1)[..., 0]
 
-    left, mid, right = at(centre - _SUPPORT), at(centre), at(centre + _SUPPORT)
+    left, mid, right = at(centre - SUPPORT), at(centre), at(centre + SUPPORT)
     curvature = left - 2 * mid + right
     usable = np.isfinite(curvature) & (curvature < 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        shift = np.where(usable, _SUPPORT * 0.5 * (left - right) / curvature, 0.0)
+        shift = np.where(usable, SUPPORT * 0.5 * (left - right) / curvature, 0.0)
     # Beside a border the parabola is that of the nearest bins that have both neighbours, not trusted beyond the peak's.
     inside = centre == peak
-    reach = np.where(inside, _SUPPORT, 0.5)
+    reach = np.where(inside, SUPPORT, 0.5)
     position = np.where(inside | usable, np.clip(centre + shift, peak - reach, peak + reach), peak)
     refined: Floats = np.clip(position, 0, bins - 1)
     return refined
