@@ -49,7 +49,7 @@ from edgepose.stages.settings import Plan, PruneStage, QuantiseStage, plan_of
 from edgepose.stages.source import Network, Source
 from edgepose.training.config import TrainConfig
 
-__all__ = ["CompileRequest", "CompileResult", "Network", "Observer", "compile_bundle", "planned_stages"]
+__all__ = ["CompileRequest", "CompileResult", "Network", "Observer", "Source", "compile_bundle", "planned_stages"]
 
 _TORCH = ("torch", "numpy", "opencv-python-headless")
 _EXPORT = ("torch", "onnx", "onnxscript", "nncf")
@@ -77,14 +77,15 @@ class CompileRequest:
 
     Attributes:
         recipe: The stages.
-        model: Name of a zoo network, path of a checkpoint, or a network of the user's own.
+        model: Name of a zoo network, path of a checkpoint, or a network of the user's own; a checkpoint that was made
+            of such a network together with its module.
         data: Folder with train.json and images/; needed by every stage that looks at people.
         out: Directory of the bundle.
         replace: Whether another bundle at `out` may be replaced.
     """
 
     recipe: Recipe
-    model: str | Network
+    model: str | Network | Source
     data: Path | None
     out: Path
     replace: bool = False
@@ -191,6 +192,7 @@ def planned_stages(request: CompileRequest) -> tuple[tuple[str, str], ...]:
 class _Nobody:
     def started(self, stage: str) -> None: ...
     def finished(self, stage: StageResult) -> None: ...
+    def building(self, what: str, done: int, total: int) -> None: ...
     def cutting(self, done: int, total: int) -> None: ...
     def step(self, done: int, total: int, loss: float) -> None: ...
     def epoch(self, row: dict[str, float]) -> None: ...
@@ -213,7 +215,9 @@ def _start(request: CompileRequest, observer: Observer) -> _Build:
     return _Build(request, observer, places, plan, source, card, source.path, card.weights_sha256, people, form)
 
 
-def _source(model: str | Network) -> Source:
+def _source(model: str | Network | Source) -> Source:
+    if isinstance(model, Source):
+        return model
     if isinstance(model, str):
         return Source(find_checkpoint(model))
     from edgepose.stages.networks import store_network

@@ -87,7 +87,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"network {self.name}",
                 found="a module of the user's own" if self.own else "a card without an architecture",
                 expected="a network that edgepose can build",
-                fix="use it in the program that has the module, or take a network of the zoo",
+                fix="name it package.module:factory@CHECKPOINT, use it where its code is, or take one of the zoo",
             )
         return self.architecture
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from edgepose.cli.console import Steps, duration, note, say, show_table, steps
+from edgepose.cli.factory import find_source
 from edgepose.cli.options import check_outputs
 from edgepose.compiler import CompileRequest, CompileResult, compile_bundle, planned_stages
 from edgepose.errors import MissingDependency, UsageError
@@ -26,6 +27,7 @@ EXAMPLES = (
     "edgepose compile my.yaml --model runs/mine.safetensors --data photos --target x86-cpu --out mine.bundle",
     "edgepose compile fp32 --model kpe-t --out kpe-t.bundle --dry-run",
     "edgepose compile ptq-int8 --model imported.bundle --data photos --out imported-int8.bundle",
+    "edgepose compile qat-int8 --model mine.networks:small --data photos --out mine.bundle",
 )
 
 
@@ -33,7 +35,11 @@ def compile_(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")],
     out: Annotated[Path, typer.Option(help="Directory of the bundle; must not exist yet.")],
     model: Annotated[
-        str, typer.Option(help="Name of a zoo network, path of a checkpoint, or of an imported bundle.")
+        str,
+        typer.Option(
+            help="Name of a zoo network, path of a checkpoint or of an imported bundle, or package.module:factory "
+            "for one of your own (@CHECKPOINT behind it: with weights that were made of it)."
+        ),
     ] = "kpe-s",
     data: Annotated[
         Path | None,
@@ -51,7 +57,7 @@ def compile_(
         return _quantise_bundle(
             _Wish(recipe, Path(model), data, tuple(target or ()), out), dry_run=dry_run, replace=replace
         )
-    request = CompileRequest(load_recipe(recipe, targets=target or ()), model, data, out, replace)
+    request = CompileRequest(load_recipe(recipe, targets=target or ()), find_source(model), data, out, replace)
     if dry_run:
         rows = [(stage, state) for stage, state in planned_stages(request)]
         show_table(("stage", "would be"), rows, title=f"{request.recipe.name}: {request.recipe.description}")
@@ -157,6 +163,10 @@ class Watcher:
         """Leave one line per stage that really ran."""
         if not stage.reused:
             note(f"{stage.stage}: {duration(stage.seconds)}  {headline(stage.report)}")
+
+    def building(self, what: str, done: int, total: int) -> None:
+        """Show how far a builder is."""
+        self._shown.told(f"{self._stage}: building", done, total, what)
 
     def cutting(self, done: int, total: int) -> None:
         """Show the reading of photographs."""

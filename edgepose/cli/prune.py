@@ -15,9 +15,9 @@ import msgspec
 import typer
 
 from edgepose.blocks.card import Card, paths_of, read_card
-from edgepose.blocks.zoo import find_checkpoint
 from edgepose.bundle import read_bundle
 from edgepose.cli.console import STDOUT, note, say, show_table, write_json
+from edgepose.cli.factory import find_source, names_code
 from edgepose.cli.options import StdoutJsonFlag, check_outputs, flag_fault
 from edgepose.cli.prune_scan import scan
 from edgepose.cli.subject import find_subject
@@ -37,14 +37,21 @@ EXAMPLES = (
     "edgepose prune plan kpe-s --recipe prune-qat-int8 --data lspet --out plan.json",
     "edgepose prune plan kpe-t --ratio 0.3 --importance l2 --layer backbone.stages.3.*.conv1.0=0.5 --out plan.json",
     "edgepose prune plan kpe-s --depth 2 --data lspet --out shallower.json",
+    "edgepose prune plan mine.networks:small --ratio 0.5 --data photos --out plan.json",
     "edgepose prune show plan.json",
     "edgepose prune show small.bundle --json",
     "edgepose prune apply kpe-s plan.json --data lspet --out runs/pruned",
+    "edgepose prune apply mine.networks:small plan.json --data photos --out runs/pruned",
     "edgepose prune scan kpe-s --data lspet --people 200 --out scan.json",
     "edgepose prune scan kpe-t --data lspet --share 0.5 --importance l2 --int8 --out scan.json",
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a zoo network, or path of a checkpoint.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Name of a zoo network, path of a checkpoint, or package.module:factory[@CHECKPOINT]."
+    ),
+]
 
 
 def prune() -> None:
@@ -96,13 +103,13 @@ def plan(
         "depth": depth,
         "pattern": pattern,
     }
-    source = find_checkpoint(model)
-    _check_free([out], [*paths_of(source)])
+    source = find_source(model)
+    _check_free([out], [*paths_of(source.path)])
     settings = _settings(
         recipe, target or [], {name: value for name, value in flags.items() if value is not None}, seed
     )
     _check_data(settings, data)
-    card = read_card(source)
+    card = read_card(source.path)
     people = None if data is None else _people(data, card)
     _require_torch()
     from edgepose.compress.plan import PLAN_COLUMNS, plan_table, plan_to_json
@@ -151,9 +158,9 @@ def apply(
     ] = None,
 ) -> int:
     """Apply a plan to MODEL, trained or fresh, and write the pruned checkpoint; compile it to quantise and export."""
-    source = find_checkpoint(model)
-    _check_free(paths_of(out), [plan, *paths_of(source)])
-    people = None if data is None else _people(data, read_card(source))
+    source = find_source(model)
+    _check_free(paths_of(out), [plan, *paths_of(source.path)])
+    people = None if data is None else _people(data, read_card(source.path))
     _require_torch()
     from edgepose.stages.compress import replay
 
@@ -164,7 +171,14 @@ def apply(
     say(f"{paths_of(out)[0]}: {100 * removed:.1f} % of the multiply-accumulates removed{accuracy}")
     if people is None:
         note("the normalisation statistics are those of the unpruned network; --data DIR repairs them")
+    if names_code(model):
+        note(f"its code is not in the checkpoint: name it {model.partition('@')[0]}@{_spelt(out)}")
     return 0
+
+
+def _spelt(checkpoint: Path) -> str:
+    """A checkpoint as the command line takes it: with a slash, or it would be a name of the zoo."""
+    return str(checkpoint) if "/" in str(checkpoint) else f"./{checkpoint}"
 
 
 ACTIONS = (plan, show, apply, scan)

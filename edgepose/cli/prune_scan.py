@@ -15,8 +15,8 @@ import msgspec
 import typer
 
 from edgepose.blocks.card import paths_of, read_card
-from edgepose.blocks.zoo import find_checkpoint
 from edgepose.cli.console import STDOUT, note, say, show_table, steps, write_json
+from edgepose.cli.factory import find_source
 from edgepose.cli.options import SeedFlag, check_outputs, flag_fault
 from edgepose.data.splits import people_for
 from edgepose.errors import MissingDependency
@@ -24,7 +24,6 @@ from edgepose.host import physical_cores
 from edgepose.profiler.markup import section, table
 from edgepose.profiler.report import Report, render_report
 from edgepose.profiler.stage_page import Scan, ScanRow, sensitivity_section
-from edgepose.stages.source import Source
 from edgepose.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -34,7 +33,12 @@ _SHOWN = 8  # rows of the table on the terminal
 
 
 def scan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a zoo network, or path of a checkpoint.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Name of a zoo network, path of a checkpoint, or package.module:factory[@CHECKPOINT]."
+        ),
+    ],
     data: Annotated[Path, typer.Option("--data", help="Folder with train.json and images/; dev is held out of it.")],
     out: Annotated[Path, typer.Option("--out", help="The figures, JSON; the plot goes beside it as HTML.")],
     share: Annotated[
@@ -59,9 +63,9 @@ def scan(
 
     Figures are kept in the cache: Ctrl-C stops the scan, and the same command goes on.
     """
-    source, page = find_checkpoint(model), out.with_suffix(".html")
-    check_outputs([out, page], paths_of(source))
-    card = read_card(source)
+    source, page = find_source(model), out.with_suffix(".html")
+    check_outputs([out, page], paths_of(source.path))
+    card = read_card(source.path)
     train, dev = people_for(card.name, card.keypoints, data)
     _require(threads)
     from edgepose.stages.compress import StageData
@@ -69,7 +73,7 @@ def scan(
 
     settings = _settings(share, importance, layer, int8, people, metric, seed)
     with steps() as shown:
-        result = scan_sensitivity(Source(source), StageData(train, dev), settings, shown.told)
+        result = scan_sensitivity(source, StageData(train, dev), settings, shown.told)
     write_json(out, result)
     _show(result, err=out == STDOUT)
     if out != STDOUT:

@@ -15,13 +15,14 @@ import typer
 
 from edgepose.blocks.card import Card, paths_of, read_card
 from edgepose.blocks.config import PRESETS, KPEConfig
-from edgepose.blocks.zoo import find_checkpoint
 from edgepose.cli.console import note, say
+from edgepose.cli.factory import find_source
 from edgepose.cli.train_control import train_control_arm
 from edgepose.cli.train_run import People, Training, figures, require_torch
 from edgepose.data.coco import dataset
 from edgepose.data.splits import some_images, split_train
-from edgepose.errors import AnnotationError, UsageError
+from edgepose.errors import AnnotationError, CheckpointError, UsageError
+from edgepose.stages.source import Source
 from edgepose.strict_yaml import did_you_mean, read_yaml
 from edgepose.training.config import TrainConfig
 
@@ -33,6 +34,7 @@ EXAMPLES = (
     "edgepose train --from runs/kpe-s --data lspet --out runs/kpe-s-192 --input-size 192 --epochs 10",
     "edgepose train --model kpe-s --data lspet --out runs/taught --distill-from runs/teacher.safetensors",
     "edgepose train --from kpe-s --data lspet --out runs/kpe-s-control --control-of prune-qat-int8",
+    "edgepose train --from mine.networks:small --data photos --out runs/small --epochs 20",
 )
 
 _EPOCHS = {"kpe-t": 18, "kpe-s": 29}
@@ -52,7 +54,11 @@ def train(
         str | None, typer.Option("--model", help=f"Architecture: {', '.join(PRESETS)}. Default: that of --from.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", help="Start from these weights: a checkpoint or a name of the zoo.")
+        str | None,
+        typer.Option(
+            "--from",
+            help="Start from these weights: a checkpoint, a name of the zoo, or package.module:factory[@CHECKPOINT].",
+        ),
     ] = None,
     head: Annotated[str | None, typer.Option("--head", help="simcc, heatmap or regression.")] = None,
     backbone: Annotated[str | None, typer.Option("--backbone", help="residual, inverted or reparameterised.")] = None,
@@ -82,9 +88,7 @@ def train(
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that prepare batches.")] = 1,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Threads of torch, 0 for all cores.")] = 0,
-    distill_from: Annotated[
-        str | None, typer.Option("--distill-from", help="Teacher: a checkpoint or a name of the zoo.")
-    ] = None,
+    distill_from: Annotated[str | None, typer.Option("--distill-from", help="Teacher: whatever --from takes.")] = None,
     distill_weight: Annotated[
         float | None, typer.Option("--distill-weight", min=0.0, max=1.0, help="Share of the teacher in the loss [0.5].")
     ] = None,
@@ -106,11 +110,15 @@ def train(
     start, start_card = _checkpoint(source)
     changes = {"head": head, "backbone": backbone, "refinements": refinements, "input_hw": _square(input_size)}
     architecture = _architecture(model, start_card, changes)
-    config = _config(settings, architecture.name, {name: flags[name] for name in _SETTINGS})
+    preset = "" if architecture is None else architecture.name
+    config = _config(settings, preset, {name: flags[name] for name in _SETTINGS})
     teacher, _ = _checkpoint(distill_from)
     config = _with_teacher(config, distill_weight, teaches=teacher is not None)
     _check_share(config, rendered)
-    run = Training(architecture, config, _people(data, rendered, images, config.seed), start, teacher, state, workers)
+    people = _people(data, rendered, images, config.seed)
+    if architecture is None and start_card is not None:
+        _check_own(start_card, people)
+    run = Training(architecture, config, people, start, teacher, state, workers)
     require_torch(threads)
     result = run.carry_out(out)
     if result is None:
@@ -129,11 +137,11 @@ def _check_free(out: Path, *, force: bool) -> Path:
     return weights.with_suffix(".state")
 
 
-def _checkpoint(name: str | None) -> tuple[Path | None, Card | None]:
+def _checkpoint(name: str | None) -> tuple[Source | None, Card | None]:
     if name is None:
         return None, None
-    path = find_checkpoint(name)
-    return path, read_card(path)
+    source = find_source(name)
+    return source, read_card(source.path)
 
 
 def _square(side_px: int | None) -> tuple[int, int] | None:
@@ -143,8 +151,11 @@ def _square(side_px: int | None) -> tuple[int, int] | None:
     return None if side_px is None else (side_px, side_px)
 
 
-def _architecture(model: str | None, start: Card | None, changes: Mapping[str, Any]) -> KPEConfig:
-    """The preset, or that of the network to start from, with what flags change."""
+def _architecture(model: str | None, start: Card | None, changes: Mapping[str, Any]) -> KPEConfig | None:
+    """The preset, or that of the network to start from, with what flags change; None for a user's own network."""
+    if start is not None and start.own is not None:
+        _check_unchanged(model, changes)
+        return None
     if model is None:
         if start is None:
             expected = f"--model, one of {', '.join(PRESETS)}, or --from with a checkpoint"
@@ -167,6 +178,33 @@ def _architecture(model: str | None, start: Card | None, changes: Mapping[str, A
     if changes["refinements"] and (changes["head"] or config.head) == "regression":
         raise UsageError("--refinements", found="stages behind a regression head", expected="simcc or heatmap")
     return msgspec.structs.replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _check_unchanged(model: str | None, changes: Mapping[str, Any]) -> None:
+    """A network of the user's own is trained as it is: what it is made of is its code's to say."""
+    flags = {"head": "--head", "backbone": "--backbone", "refinements": "--refinements", "input_hw": "--input-size"}
+    given = ["--model"] if model is not None else [flags[name] for name in flags if changes[name] is not None]
+    if given:
+        raise UsageError(given[0], found="given beside a network of your own", fix="leave it off, and change the code")
+
+
+def _check_own(card: Card, people: People) -> None:
+    """It finds the very keypoints of the data, and nothing of it is compressed."""
+    if card.plan is not None or card.quantisation is not None:
+        raise CheckpointError(
+            card.name,
+            found="a compressed checkpoint",
+            expected="a float one",
+            fix="fine-tune it by a recipe: edgepose compile",
+        )
+    names = people.train.keypoints.names
+    if card.keypoints.names != names:
+        raise CheckpointError(
+            card.name,
+            found=f"a network for the keypoints {', '.join(card.keypoints.names)}",
+            expected=f"those of the data: {', '.join(names)}",
+            fix="choose data with the network's keypoints, or change its spec",
+        )
 
 
 def _choices(field: str) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgepose.blocks.card import paths_of, read_card
-from edgepose.blocks.zoo import find_checkpoint
 from edgepose.cli.compile import Watcher
 from edgepose.cli.console import say, steps
+from edgepose.cli.factory import find_source
 from edgepose.cli.train_run import figures, require_torch
 from edgepose.data.splits import people_for
 from edgepose.errors import UsageError
@@ -19,7 +19,6 @@ from edgepose.profiles import load_target
 from edgepose.recipe import load_recipe
 from edgepose.stages.control import control_phases, train_control
 from edgepose.stages.settings import plan_of
-from edgepose.stages.source import Source
 
 _TAKEN = ("data", "out", "source", "workers", "threads", "control_of", "force")
 
@@ -48,7 +47,7 @@ def train_control_arm(flags: Mapping[str, Any]) -> int:
     recipe = load_recipe(flags["control_of"])
     plan = plan_of(recipe, tuple(load_target(name) for name in recipe.targets))
     control_phases(plan)  # before any work
-    source = Source(find_checkpoint(flags["source"]))
+    source = find_source(flags["source"])
     card = read_card(source.path)
     people = people_for(card.name, card.keypoints, flags["data"])
     require_torch(flags["threads"])

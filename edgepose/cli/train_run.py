@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgepose.blocks.card import Card, Lineage
-from edgepose.blocks.config import KPEConfig, spec_of
+from edgepose.blocks.card import Card, Lineage, read_card
+from edgepose.blocks.config import KPEConfig
 from edgepose.cli.console import Steps, duration, note, steps
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import CheckpointError, MissingDependency
 from edgepose.host import physical_cores
 from edgepose.spec import ModelSpec
+from edgepose.stages.source import Source
 from edgepose.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -58,20 +59,20 @@ class Training:
     """What a run is made of.
 
     Attributes:
-        architecture: The network.
+        architecture: The network; None for the user's own in `source`, as it is.
         config: Settings of the loop.
         people: Whom it sees.
-        source: Checkpoint that its weights come from; None starts from scratch.
-        teacher: Checkpoint to learn from; None for none.
+        source: What its weights come from; None starts from scratch.
+        teacher: What it learns from; None for none.
         state: File that the run goes on from.
         workers: Processes that prepare batches.
     """
 
-    architecture: KPEConfig
+    architecture: KPEConfig | None
     config: TrainConfig
     people: People
-    source: Path | None
-    teacher: Path | None
+    source: Source | None
+    teacher: Source | None
     state: Path
     workers: int
 
@@ -87,36 +88,49 @@ class Training:
         from edgepose.training.loop import Interrupted, RunOptions, fit
 
         torch.manual_seed(self.config.seed)
-        spec = spec_of(self.architecture, self.people.train.keypoints)
-        teacher, digest = _teacher(self.teacher, spec)
-        network, before = self._network()
+        card = self._card()
+        teacher, digest = _teacher(self.teacher, card.spec)
+        network, card = self._network(card)
         if self.state.exists():
             note(f"resuming the run whose state is {self.state}")
         with steps() as shown:
             options = RunOptions(self.state, _Watcher(shown, self.config.epochs), self.workers)
             try:
-                result = fit(network, spec, self.people.sets, self.config, teacher=teacher, options=options)
+                result = fit(network, card.spec, self.people.sets, self.config, teacher=teacher, options=options)
             except Interrupted:
                 return None
         inputs = self.people.digests | ({"teacher": digest} if digest else {})
-        self._save(out, network, (*before, self._entry(inputs, result)))
+        if self.architecture is None:
+            inputs["checkpoint"] = card.weights_sha256
+        self._save(out, network, card, self._entry(inputs, result))
         self.state.unlink(missing_ok=True)
         return result
 
-    def _network(self) -> tuple[nn.Module, tuple[Lineage, ...]]:
-        """The network to train, and what it went through before."""
+    def _card(self) -> Card:
+        """What the network is."""
+        if self.architecture is not None:
+            return Card(self.architecture.name, self.architecture, self.people.train.keypoints, "")
+        assert self.source is not None  # without an architecture there is something to start from
+        return read_card(self.source.path)
+
+    def _network(self, card: Card) -> tuple[nn.Module, Card]:
+        """The network to train, and its card with what it went through before."""
         from edgepose.blocks.kpe import build
+        from edgepose.stages.networks import load_network
 
         keypoints = self.people.train.keypoints
         if self.source is None:
-            return build(self.architecture, keypoints, seed=self.config.seed), ()
+            return build(card.kpe, keypoints, seed=self.config.seed), card
+        if self.architecture is None:
+            return load_network(self.source)[0], card
         from edgepose.blocks.checkpoint import load_checkpoint
         from edgepose.blocks.transfer import continued, transfer
 
-        checkpoint = load_checkpoint(self.source)
+        checkpoint = load_checkpoint(self.source.path)
         network, report = transfer(checkpoint, self.architecture, keypoints, seed=self.config.seed)
         note(str(report))
-        return network, continued(checkpoint, report, self.architecture)
+        lineage = continued(checkpoint, report, self.architecture)
+        return network, msgspec.structs.replace(card, lineage=lineage)
 
     def _entry(self, inputs: dict[str, str], result: FitResult) -> Lineage:
         report: dict[str, Any] = {
@@ -129,14 +143,13 @@ class Training:
         }
         return Lineage("train", msgspec.to_builtins(self.config), inputs, report)
 
-    def _save(self, out: Path, network: nn.Module, lineage: tuple[Lineage, ...]) -> None:
+    def _save(self, out: Path, network: nn.Module, card: Card, entry: Lineage) -> None:
         from edgepose.blocks.checkpoint import save_checkpoint
 
-        report = lineage[-1].report
+        report = entry.report
         best = report["curve"][report["best_epoch"]]
         measured = {name: value for name, value in best.items() if name not in ("epoch", "loss", "seconds")}
-        keypoints = self.people.train.keypoints
-        card = Card(self.architecture.name, self.architecture, keypoints, "", lineage, metrics={"dev": measured})
+        card = msgspec.structs.replace(card, lineage=(*card.lineage, entry), metrics={"dev": measured})
         save_checkpoint(out, card, network.state_dict())
 
 
@@ -186,18 +199,18 @@ class _Watcher:
         note(f"epoch {done} of {self._epochs}: loss {row['loss']:.3f}, dev {figures(row)}{left}")
 
 
-def _teacher(path: Path | None, spec: ModelSpec) -> tuple[nn.Module | None, str]:
-    if path is None:
+def _teacher(source: Source | None, spec: ModelSpec) -> tuple[nn.Module | None, str]:
+    if source is None:
         return None, ""
     from edgepose.stages.networks import load_network
 
-    network, checkpoint = load_network(path)
+    network, checkpoint = load_network(source)
     theirs = checkpoint.card.spec
     # A student may say more than its teacher, visibility for instance; that it learns from labels.
     said = spec.outputs[: len(theirs.outputs)]
     if (theirs.outputs, theirs.keypoints.names, theirs.inputs) != (said, spec.keypoints.names, spec.inputs):
         raise CheckpointError(
-            f"--distill-from {path}",
+            f"--distill-from {source.path}",
             found=f"a teacher whose outputs are {[tensor.shape for tensor in theirs.outputs]}",
             expected=f"those of the student: {[tensor.shape for tensor in spec.outputs]}, from the same input",
             fix="choose a teacher of the same input size, head and keypoints",

@@ -107,8 +107,10 @@ def _phase(
     phase: Phase, source: Source, teacher: Source, data: tuple[PoseDataset, PoseDataset], run: tuple[Observer, int]
 ) -> StageResult:
     (train, dev), (observer, workers) = data, run
+    card = read_card(source.path)
     inputs = {
-        "checkpoint": read_card(source.path).weights_sha256,
+        **({} if card.own is None else {"module": card.own.structure}),  # its weights do not say what it computes
+        "checkpoint": card.weights_sha256,
         "teacher": read_card(teacher.path).weights_sha256,
         "train": train.digest,
         "dev": dev.digest,

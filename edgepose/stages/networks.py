@@ -117,7 +117,7 @@ def _built(card: Card, own: nn.Module | None, where: str) -> nn.Module:
             where,
             found="weights of a user's own module, whose code no checkpoint holds",
             expected="that module beside them",
-            fix="load it in the program that has the module: load_network(Source(path, module))",
+            fix="name it package.module:factory@CHECKPOINT, or in Python load_network(Source(path, module))",
         )
     if structure_of(own) != card.own.structure:
         raise CheckpointError(
