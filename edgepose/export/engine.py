@@ -22,7 +22,7 @@ from edgepose.runtime import open_session
 from edgepose.spec import Backend, Dialect, ModelSpec, Precision
 
 _MODEL = "model.onnx"
-_MAX_GAP: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.02, "fp16": 2e-3, "int8": 0.03}
+MAX_GAP: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.02, "fp16": 2e-3, "int8": 0.03}
 """Mean difference of an engine's outputs from torch's, as a share of their range; beyond it the build fails.
 
 Outputs are judged, not keypoints: where a network has no opinion, the keypoint jumps at the smallest difference.
@@ -105,7 +105,8 @@ def engine_file(model: Path, backend: Backend, folder: Path) -> Path:
             (folder / _MODEL).unlink(missing_ok=True)
             return main
         case "tensorrt" | "tensorrt-rtx":
-            raise AssertionError(backend)  # callers ask for executable backends only
+            fix = "write the bundle for a CPU first, and then: edgepose build BUNDLE --target TARGET"
+            raise UsageError(f"engine: {backend}", found="a bundle that is only being made", expected="one", fix=fix)
 
 
 def int8_share(path: str | os.PathLike[str], backend: Literal["onnxruntime", "openvino"]) -> Int8Share:
@@ -142,7 +143,7 @@ def engine_differences(
 
 
 def _check(shift: KeypointShift, backend: Backend, precision: Precision) -> None:
-    allowed = _MAX_GAP[precision]
+    allowed = MAX_GAP[precision]
     if not shift.logit_gap <= allowed:
         raise ParityError(
             f"engine {backend} {precision}: outputs",
