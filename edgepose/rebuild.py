@@ -17,7 +17,8 @@ from edgepose.bundle import Bundle, BundleDraft, GoldenDraft, check_file, golden
 from edgepose.errors import BadInput, UsageError
 from edgepose.host import engine_cache, fingerprint
 from edgepose.profiles import load_target
-from edgepose.spec import Target
+from edgepose.runtime import EXECUTABLE, installed_backends
+from edgepose.spec import Backend, Target
 from edgepose.stages.assemble import (
     CompileResult,
     EngineOrder,
@@ -34,7 +35,13 @@ from edgepose.stages.assemble import (
 
 
 def build_bundle(
-    source: Path, targets: Sequence[str], out: Path, observer: StageObserver, *, replace: bool = False
+    source: Path,
+    targets: Sequence[str],
+    out: Path,
+    observer: StageObserver,
+    *,
+    replace: bool = False,
+    sign: Path | None = None,
 ) -> CompileResult:
     """Build engines for other targets.
 
@@ -44,22 +51,24 @@ def build_bundle(
         out: Directory of the new bundle.
         observer: Told which engines were built or found.
         replace: Whether another bundle at `out` may be replaced.
+        sign: Private key (Ed25519, PEM) that TensorRT engines are signed with, for machines that trust it.
 
     Raises:
         BadInput: No such bundle, target or free name, or a target that cannot run the network's precision.
         IntegrityError: The source was changed since it was written.
-        BackendUnavailable: A target runs nothing that this release builds.
+        BackendUnavailable: A target runs nothing that can be built here.
         ParityError: An engine strays too far from the golden vectors.
     """
     bundle = read_bundle(source)
     wanted = tuple(load_target(name) for name in dict.fromkeys(targets))
-    orders = engine_orders(wanted)
+    orders = engine_orders(wanted, _able())
     _check_precisions(bundle, wanted)
     _check_outside(out, source)
     origin = {"source": {"name": bundle.manifest.name, "digest": bundle.digest}, "targets": [t.name for t in wanted]}
     check_out(out, origin, replace=replace)
     engines = _engines(bundle, orders, observer)
-    built = [(order.target.name, order.target.threads, result.key) for order, result in engines]
+    signed = _signatures(engines, sign)
+    built = [(order.target.name, order.target.threads, result.key, *signed) for order, result in engines]
     key = key_of(bundle.digest, built)
 
     def draft() -> BundleDraft:
@@ -80,6 +89,25 @@ def _check_precisions(bundle: Bundle, targets: Sequence[Target]) -> None:
             )
 
 
+def _able() -> tuple[Backend, ...]:
+    """What can be built here: TensorRT's engines where its package is installed."""
+    return (*EXECUTABLE, *(backend for backend in installed_backends() if backend not in EXECUTABLE))
+
+
+def _signatures(engines: Engines, sign: Path | None) -> tuple[str, ...]:
+    """Signs the TensorRT engines where a key is given; their signatures' digests."""
+    digests = []
+    for order, result in engines:
+        if order.is_tensorrt:
+            from edgepose.runtime.provenance import companions, digest_of, sign_engine
+
+            engine = result.path / result.report["main"]
+            companions(engine)[2].unlink(missing_ok=True)  # of a key that was given before
+            if sign is not None:
+                digests.append(digest_of(sign_engine(engine, sign).read_bytes()))
+    return tuple(digests)
+
+
 def _check_outside(out: Path, source: Path) -> None:
     if out.resolve().is_relative_to(source.resolve()):
         raise UsageError(
@@ -94,6 +122,8 @@ def _engines(bundle: Bundle, orders: Sequence[EngineOrder], observer: StageObser
     for order in orders:
 
         def work(folder: Path, order: EngineOrder = order) -> dict[str, Any]:
+            if order.is_tensorrt:
+                return _build_tensorrt(bundle, order, folder, observer)
             return _build_engine(bundle, order, folder)
 
         engines.append((order, observed(order.key({"bundle": bundle.digest}), work, observer, within=cache)))
@@ -124,6 +154,17 @@ def _build_engine(bundle: Bundle, order: EngineOrder, folder: Path) -> dict[str,
         model = folder / "model.onnx"
     reference = Reference(bundle.manifest.spec, golden.inputs, dict(golden.outputs))
     return {**engine_from_onnx(model, kind.dialect, order.backend, reference, folder), **report}
+
+
+def _build_tensorrt(bundle: Bundle, order: EngineOrder, folder: Path, observer: StageObserver) -> dict[str, Any]:
+    from edgepose.export.engine import Reference
+    from edgepose.export.tensorrt_engine import EngineWish, tensorrt_engine
+
+    assert order.backend == "tensorrt" or order.backend == "tensorrt-rtx"  # noqa: PLR1714 - mypy narrows by these alone
+    golden = _golden(bundle)
+    model = check_file(bundle, bundle.manifest.model)
+    wish = EngineWish(order.target, order.backend, order.precision, observer.building)
+    return tensorrt_engine(model, wish, Reference(bundle.manifest.spec, golden.inputs, dict(golden.outputs)), folder)
 
 
 def _golden(bundle: Bundle) -> GoldenDraft:

@@ -11,7 +11,11 @@ from edgepose.errors import RecipeError
 from edgepose.profiles import find_profile, load_target, profile_names, profiles_root
 from edgepose.spec import Target
 
-TARGETS = ("jetson-agx-orin", "jetson-orin-nano", "jetson-orin-nx", "rtx-desktop", "this-cpu", "x86-cpu")
+TARGETS = (
+    *("jetson-agx-orin", "jetson-orin-nano", "jetson-orin-nx", "jetson-thor", "l4", "rtx-30", "rtx-40", "rtx-50"),
+    *("rtx-desktop", "t4", "this-cpu", "x86-cpu"),
+)
+CAPABILITIES = {"jetson-thor": "11.0", "l4": "8.9", "rtx-30": "8.6", "rtx-40": "8.9", "rtx-50": "12.0", "t4": "7.5"}
 
 
 def test_all_promised_targets_come_along() -> None:
@@ -41,8 +45,10 @@ def test_gpu_targets_state_their_compute_capability_and_cpu_targets_none() -> No
         target = load_target(name)
         on_gpu = any(backend.startswith("tensorrt") for backend in target.backends)
         assert bool(target.compute_capability) == on_gpu
-        if name.startswith("jetson"):
+        if name.startswith("jetson") and "orin" in name:
             assert target.compute_capability == "8.7"
+        if name in CAPABILITIES:
+            assert target.compute_capability == CAPABILITIES[name]
 
 
 def test_generic_x86_target_is_safe_without_vnni() -> None:

@@ -6,11 +6,10 @@ no builder.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from edgepose.errors import ParityError
+from edgepose.spec import Backend
 
 
 class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +49,7 @@ class FloatLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Int8Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All convolutions and matrix products of one engine."""
 
-    backend: Literal["onnxruntime", "openvino"]
+    backend: Backend
     kernels: tuple[Kernel, ...]
 
     @property

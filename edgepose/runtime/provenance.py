@@ -36,6 +36,8 @@ from edgepose.runtime.trt_versions import Flavour
 from edgepose.storage import atomic_write, json_bytes, storage_faults_at
 
 SCHEMA_VERSION = 1
+STRIPPED_WEIGHTS = "weights.onnx"
+"""The ONNX file beside an engine without weights; they are put back from it when the engine is loaded."""
 _KEY_BYTES = 32
 _MAX_JSON_BYTES = 1 << 16
 _SEALED = b"edgepose engine seal 1\0"
@@ -75,6 +77,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         hardware: Which other GPUs it runs on, slower: none, any from Ampere on, or any of its compute capability.
         version_compatible: Whether newer versions of TensorRT load it, too.
         dla: Whether layers of it run on a DLA core.
+        stripped: Whether its weights lie beside it (`STRIPPED_WEIGHTS`), in the ONNX file of `source`.
         source: Sha256 of the ONNX file it was built from.
         target: Name of the target it was built for.
     """
@@ -87,6 +90,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     hardware: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
     version_compatible: bool = False
     dla: bool = False
+    stripped: bool = False
     source: str = ""
     target: str = ""
 

@@ -25,10 +25,18 @@ from typing import Any
 
 import numpy as np
 
-from edgepose.errors import BackendUnavailable, EnvironmentFault, SpecError
+from edgepose.errors import BackendUnavailable, BadInput, EnvironmentFault, IntegrityError, SpecError
 from edgepose.host import fingerprint
 from edgepose.runtime.cuda import Cuda, CudaChoice, CudaError, open_cuda
-from edgepose.runtime.provenance import EngineHost, current_platform, trusted_plan
+from edgepose.runtime.provenance import (
+    STRIPPED_WEIGHTS,
+    EngineHost,
+    Provenance,
+    current_platform,
+    digest_of,
+    rebuild_command,
+    trusted_plan,
+)
 from edgepose.runtime.session import Array, ClosedSession, check_feeds
 from edgepose.runtime.trt_diagnosis import missing_fault
 from edgepose.runtime.trt_versions import Flavour, TrtApi, import_trt
@@ -103,7 +111,7 @@ def open_engine(path: Path, flavour: Flavour, options: TensorrtOptions | None = 
         raise missing_fault(flavour, f"running {path}", err) from err
     cuda = open_cuda(options.cuda) if isinstance(options.cuda, str) else options.cuda
     plan, provenance = trusted_plan(path, engine_host(api, cuda), options.trusted_keys)
-    loaded = _load(api, path, plan, options.dla_core if provenance.dla else None)
+    loaded = _load(api, path, plan, options.dla_core if provenance.dla else None, _weights(path, provenance))
     return TensorrtSession(loaded, cuda, graphs=options.graphs)
 
 
@@ -136,12 +144,35 @@ class LoadedEngine:
         return _fault(self.path, self.api, what, self.log)
 
 
-def _load(api: TrtApi, path: Path, plan: bytes, dla_core: int | None) -> LoadedEngine:
-    """Deserialises the bytes of an engine that were proven to be trusted."""
+def _weights(path: Path, provenance: Provenance) -> bytes | None:
+    """The ONNX file that a stripped engine takes its weights from; None where the engine has them.
+
+    Raises:
+        BadInput: It is missing.
+        IntegrityError: It is not the one that the engine was built from.
+    """
+    if not provenance.stripped:
+        return None
+    file = path.with_name(STRIPPED_WEIGHTS)
+    fix = rebuild_command(path, provenance.target)
+    try:
+        content = file.read_bytes()
+    except OSError as err:
+        found = err.strerror or str(err)
+        raise BadInput(f"engine {path}: {file.name}", found=found, expected="the engine's weights", fix=fix) from err
+    if digest_of(content) != provenance.source:
+        found, expected = f"sha256 {digest_of(content)[:12]}…", f"{provenance.source[:12]}…"
+        raise IntegrityError(f"engine {path}: {file.name}", found=found, expected=expected, fix=fix)
+    return content
+
+
+def _load(api: TrtApi, path: Path, plan: bytes, dla_core: int | None, weights: bytes | None) -> LoadedEngine:
+    """Deserialises the bytes of an engine that were proven to be trusted, and puts its weights back if it has none."""
     trt = api.module
     log: deque[str] = deque(maxlen=8)
     try:
-        runtime = trt.Runtime(_logger(trt, log))
+        logger = _logger(trt, log)
+        runtime = trt.Runtime(logger)
         if dla_core is not None:
             if not 0 <= dla_core < runtime.num_DLA_cores:
                 found = f"DLA core {dla_core} of {runtime.num_DLA_cores}"
@@ -152,6 +183,11 @@ def _load(api: TrtApi, path: Path, plan: bytes, dla_core: int | None) -> LoadedE
         raise _fault(path, api, f"cannot be started ({err})", log) from err
     if engine is None:
         raise _fault(path, api, "refuses the engine", log)
+    if weights is not None:
+        refitter = trt.Refitter(engine, logger)
+        parser_refitter = trt.OnnxParserRefitter(refitter, logger)
+        if not parser_refitter.refit_from_bytes(weights) or not refitter.refit_cuda_engine():
+            raise _fault(path, api, "does not take the weights", log)
     inputs, outputs = _tensors(api, path, engine)
     return LoadedEngine(path, api, log, runtime, engine, inputs, outputs, _profiles(engine, inputs))
 

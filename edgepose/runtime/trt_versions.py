@@ -4,8 +4,9 @@ Invariant: nobody asks an object whether it has an attribute. What every support
 only some have stands in `CONDITIONAL` and is reached through `TrtApi`, which knows from the version what is there. Both
 are held against the recorded interfaces (tests/golden/tensorrt_api.json) by tests/runtime/test_trt_versions.py, for
 every module that uses `import_trt` or `TrtApi`; there, `trt` is TensorRT's module, and `runtime`, `engine`, `context`,
-`runtime_config`, `builder`, `network`, `parser`, `builder_config`, `profile`, `timing_cache` and `inspector` (with or
-without an underscore before) are always its objects, by which the test knows what is touched.
+`runtime_config`, `builder`, `network`, `parser`, `builder_config`, `profile`, `timing_cache`, `inspector`, `layer`,
+`tensor`, `onnx_error`, `refitter` and `parser_refitter` (with or without an underscore before) are always its objects,
+by which the test knows what is touched.
 
 The interfaces are those of NVIDIA's own Python bindings of TensorRT 10.3, 10.7, 10.13, 10.16, 11.0 and 11.4 and of
 TensorRT-RTX 1.7. What is first seen in 10.13 may be a little older; the table says 10.13, to be on the safe side.

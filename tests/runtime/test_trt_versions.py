@@ -32,6 +32,11 @@ OBJECTS = {
     "profile": "IOptimizationProfile",
     "timing_cache": "ITimingCache",
     "inspector": "EngineInspector",
+    "layer": "ILayer",
+    "tensor": "ITensor",
+    "onnx_error": "ParserError",
+    "refitter": "Refitter",
+    "parser_refitter": "OnnxParserRefitter",
 }
 """What these names stand for in every module that touches TensorRT."""
 
@@ -125,9 +130,9 @@ def faults(text: str, versions: list[str] = VERSIONS) -> list[str]:
     return found
 
 
-def test_runtime_is_among_the_modules_that_touch_tensorrt() -> None:
+def test_runtime_and_builder_are_among_the_modules_that_touch_tensorrt() -> None:
     names = [str(path.relative_to(REPOSITORY)) for path in modules_touching_tensorrt()]
-    assert "edgepose/runtime/tensorrt.py" in names
+    assert {"edgepose/runtime/tensorrt.py", "edgepose/export/tensorrt.py"} <= set(names)
     assert TABLE not in names
 
 
@@ -144,6 +149,24 @@ def test_walk_sees_what_the_runtime_does() -> None:
         *("Runtime", "Runtime.deserialize_cuda_engine", "ICudaEngine.create_execution_context"),
         *("IExecutionContext.execute_async_v3", "IExecutionContext.set_tensor_address", "TensorIOMode.INPUT"),
     } <= {touch.name for touch in attributes(text)}
+
+
+def test_walk_sees_what_the_builder_does() -> None:
+    text = (REPOSITORY / "edgepose" / "export" / "tensorrt.py").read_text(encoding="utf-8")
+    assert {
+        *("Builder", "Builder.build_serialized_network", "OnnxParser.parse_from_file", "ParserError.node_name"),
+        *("IBuilderConfig.set_flag", "IBuilderConfig.can_run_on_DLA", "IBuilderConfig.set_compute_capability"),
+        *("BuilderFlag.STRIP_PLAN", "INetworkDefinition.get_layer", "ILayer.type", "IOptimizationProfile.set_shape"),
+        *("ITimingCache.serialize", "EngineInspector.get_engine_information", "IProgressMonitor"),
+    } <= {touch.name for touch in attributes(text)}
+
+
+def test_compute_capabilities_are_those_of_the_table() -> None:
+    """They are looked up by a table of their own, which the walk does not see through."""
+    from edgepose.export.tensorrt import CAPABILITIES
+
+    compiled = {name for name in CONDITIONAL if name.startswith("ComputeCapability.SM")}
+    assert set(CAPABILITIES.values()) == compiled
 
 
 @pytest.mark.parametrize(
