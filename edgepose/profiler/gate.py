@@ -20,15 +20,19 @@ from edgepose.errors import RecipeError, SpecError
 from edgepose.pose import metrics
 from edgepose.profiler import stats
 from edgepose.profiler.accuracy import AccuracyRecord, joint_errors, require_same_persons
+from edgepose.profiler.facts import allowance, known_fact, spelt, value_of
 from edgepose.profiler.record import LatencyComparison, change_percent, merged
 from edgepose.profiler.rules import AccuracyRule, GateRules, LatencyRule, LimitRule
 from edgepose.profiler.verdict import (
     AccuracyOutcome,
+    Conditions,
+    FactPair,
     JointOutcome,
     LatencyOutcome,
     LimitOutcome,
     Outcome,
     Verdict,
+    in_order,
     overall,
 )
 from edgepose.spec import Keypoints
@@ -43,7 +47,7 @@ class ArmEvidence:
     Attributes:
         name: What it is called.
         accuracy: Its predictions on the labelled persons, where they were made.
-        facts: Values of `edgepose.profiler.rules.LIMITED`, in bytes.
+        facts: Values of `edgepose.profiler.facts`, each in its unit.
     """
 
     name: str
@@ -59,11 +63,13 @@ class PairEvidence:
         keypoints: The keypoint set of both accuracy records.
         latency: Candidate (arm B) against baseline (arm A).
         confirmation: The same on fresh pairs, measured because `latency` alone says FAIL.
+        conditions: What was compared, where and how.
     """
 
     keypoints: Keypoints | None = None
     latency: LatencyComparison | None = None
     confirmation: LatencyComparison | None = None
+    conditions: Conditions | None = None
 
 
 def decide(
@@ -82,6 +88,7 @@ def decide(
         RecipeError: The rules ask for something that there is no evidence of.
         SpecError: The two accuracy records are not of the same persons.
     """
+    limits, skipped = judge_limits(baseline.facts, candidate.facts, rules)
     accuracy = _judge_accuracies(baseline, candidate, together.keypoints, rules, seed)
     joints: tuple[JointOutcome, ...] = ()
     if accuracy and baseline.accuracy and candidate.accuracy and together.keypoints:
@@ -92,8 +99,7 @@ def decide(
         if together.latency is None:
             raise missing_evidence(rules, "latency", "paired timings")
         latency = judge_latency(together.latency, together.confirmation, rules.latency)
-    limits = tuple(_judge_limit(baseline.facts, candidate.facts, rule, rules) for rule in rules.limits)
-    checks = (*accuracy, *((latency,) if latency else ()), *limits)
+    checks = in_order(accuracy, latency, limits)
     verdict, exit_code = overall(checks)
     return Verdict(
         verdict=verdict,
@@ -108,6 +114,9 @@ def decide(
         other_accuracy=accuracy[1:],
         joints=joints,
         seed=seed,
+        facts=fact_pairs(baseline.facts, candidate.facts),
+        skipped=skipped,
+        conditions=together.conditions,
     )
 
 
@@ -307,22 +316,57 @@ def _latency_text(whole: LatencyComparison, confirmed: bool | None, noisy: bool)
 # ------------------------------------------------------------------------------------------------------------ limits
 
 
-def _judge_limit(
-    baseline: Mapping[str, float], candidate: Mapping[str, float], rule: LimitRule, rules: GateRules
-) -> LimitOutcome:
-    if rule.metric not in baseline or rule.metric not in candidate:
-        raise missing_evidence(rules, f"limits: {rule.metric}", f"{rule.metric} of both arms")
-    before, after = baseline[rule.metric], candidate[rule.metric]
-    growth = after - before
-    failed = growth > rule.fail_above * before and growth > rule.fail_above_bytes
+def judge_limits(
+    baseline: Mapping[str, float], candidate: Mapping[str, float], rules: GateRules
+) -> tuple[tuple[LimitOutcome, ...], tuple[str, ...]]:
+    """Facts against their limits; needs no statistics.
+
+    Returns:
+        One outcome per rule, and a line for each optional rule whose fact is not known of both arms.
+
+    Raises:
+        RecipeError: A rule that is not optional asks for a fact that is not known.
+    """
+    outcomes, skipped = [], []
+    for rule in rules.limits:
+        before, after = value_of(baseline, rule.metric), value_of(candidate, rule.metric)
+        if before is not None and after is not None:
+            outcomes.append(_judge_limit(before, after, rule))
+        elif rule.optional:
+            side = "baseline" if before is None else "candidate"
+            skipped.append(f"{rule.metric} was not checked: the {side} does not tell it")
+        else:
+            raise missing_evidence(rules, f"limits: {rule.metric}", f"{rule.metric} of both arms")
+    return tuple(outcomes), tuple(skipped)
+
+
+def fact_pairs(baseline: Mapping[str, float], candidate: Mapping[str, float]) -> tuple[FactPair, ...]:
+    """All facts that either arm tells, in the order of the baseline, those of the candidate alone last."""
+    names = dict.fromkeys((*baseline, *candidate))
+    known = {name: fact for name in names if (fact := known_fact(name)) is not None}
+    return tuple(
+        FactPair(name, fact.unit, value_of(baseline, name), value_of(candidate, name)) for name, fact in known.items()
+    )
+
+
+def _judge_limit(before: float, after: float, rule: LimitRule) -> LimitOutcome:
+    fact = known_fact(rule.metric)
+    assert fact is not None  # `check_rules` let the rule through
+    worse = after - before if fact.better == "lower" else before - after
+    failed = worse > rule.fail_above * before and worse > rule.fail_above_absolute
     share = f" ({change_percent(after / before)})" if before else ""
     return LimitOutcome(
         metric=rule.metric,
         outcome="fail" if failed else "pass",
         baseline=before,
         candidate=after,
-        text=f"{rule.metric} {before / 1e6:.2f} MB to {after / 1e6:.2f} MB{share}, "
-        f"allowed {change_percent(1 + rule.fail_above)} and {rule.fail_above_bytes / 1e6:.2f} MB",
+        text=f"{rule.metric} {spelt(before, fact.unit)} to {spelt(after, fact.unit)}{share}, "
+        f"allowed {allowance(fact.better, fact.unit, rule.fail_above, rule.fail_above_absolute)}",
+        unit=fact.unit,
+        better=fact.better,
+        fail_above=rule.fail_above,
+        fail_above_absolute=rule.fail_above_absolute,
+        measured=fact.measured,
     )
 
 

@@ -11,6 +11,7 @@ import msgspec
 
 from edgepose.errors import RecipeError
 from edgepose.pose.metrics import METRICS
+from edgepose.profiler.facts import FACTS, FAMILIES, known_fact
 from edgepose.profiler.record import LatencyProtocol
 from edgepose.profiles import find_profile
 from edgepose.strict_yaml import read_yaml
@@ -19,9 +20,6 @@ Points = Annotated[float, msgspec.Meta(ge=0, le=100)]
 Share = Annotated[float, msgspec.Meta(ge=0)]
 Alpha = Annotated[float, msgspec.Meta(gt=0, lt=0.5)]
 Looks = Annotated[tuple[Annotated[int, msgspec.Meta(ge=1)], ...], msgspec.Meta(min_length=1)]
-
-LIMITED = ("engine_bytes", "peak_memory_bytes", "bundle_bytes")
-"""Facts that a limit may be set on."""
 
 
 class AccuracyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,17 +77,20 @@ class LatencyRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A fact without noise worth speaking of; less is better. FAIL when it grew by more than both limits.
+    """A fact without noise worth speaking of. FAIL when it became worse by more than both limits.
 
     Attributes:
-        metric: One of `LIMITED`.
-        fail_above: Share of the baseline.
-        fail_above_bytes: Absolute growth.
+        metric: One of `edgepose.profiler.facts.FACTS`, or the name of an operator or type behind "nodes.", "macs." or
+            "parameters."; which way is worse, and the unit, are the fact's.
+        fail_above: Relative limit: share of the baseline's value.
+        fail_above_absolute: Absolute limit, in the fact's unit; a share's is between 0 and 1.
+        optional: Whether bundles that do not tell the fact are judged without it, which the verdict then says.
     """
 
     metric: str
     fail_above: Share
-    fail_above_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    fail_above_absolute: Share = 0.0
+    optional: bool = False
 
 
 class GateRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,9 +142,10 @@ def check_rules(rules: GateRules) -> None:
                 expected="fail_above_points <= pass_below_points <= widest_pass_points",
             )
     for index, limit in enumerate(rules.limits):
-        if limit.metric not in LIMITED:
+        if known_fact(limit.metric) is None:
             where = f"gate rules {rules.name}: limits[{index}].metric"
-            raise RecipeError(where, found=repr(limit.metric), expected=f"one of {', '.join(LIMITED)}")
+            expected = f"one of {', '.join(FACTS)}, or a name behind {', '.join(FAMILIES)}"
+            raise RecipeError(where, found=repr(limit.metric), expected=expected)
     latency = rules.latency
     if latency is None:
         return

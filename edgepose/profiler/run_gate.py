@@ -16,13 +16,17 @@ from edgepose.bundle import Bundle, read_bundle
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import SpecError
 from edgepose.estimator import PoseEstimator, choose_engine
+from edgepose.host import fingerprint
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate
-from edgepose.profiler.gate import ArmEvidence, PairEvidence, decide, latency_zone, missing_evidence
+from edgepose.profiler.facts import FACTS, Fact, bundle_facts
+from edgepose.profiler.gate import ArmEvidence, PairEvidence, decide, judge_limits, latency_zone, missing_evidence
 from edgepose.profiler.pairs import compare_latency
-from edgepose.profiler.record import ArmTrace, BundleArm, LatencyComparison, merged
+from edgepose.profiler.record import BundleArm, LatencyComparison, merged
 from edgepose.profiler.rules import GateRules, LatencyRule, check_rules, protocol_of
-from edgepose.profiler.verdict import Verdict
-from edgepose.spec import Backend, Keypoints, Precision
+from edgepose.profiler.verdict import Conditions, Verdict
+from edgepose.spec import Backend, Engine, Keypoints, Precision
+
+_OF_FILES = Fact("count")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -82,7 +86,7 @@ def run_gate(
     options: GateOptions | None = None,
     progress: Progress | None = None,
 ) -> GateRun:
-    """Compares two bundles: accuracy first, then latency.
+    """Compares two bundles: the facts of their files first, then accuracy, then latency.
 
     Args:
         baseline: Directory of the bundle that is good enough.
@@ -104,6 +108,9 @@ def run_gate(
     if rules.accuracy and dataset is None:
         raise missing_evidence(rules, "accuracy", "labelled people to predict on")
     names = _names(bundles)
+    engines = [choose_engine(bundle, options.backend, options.precision) for bundle in bundles]
+    told = [bundle_facts(bundle, engine) for bundle, engine in zip(bundles, engines, strict=True)]
+    judge_limits(told[0], told[1], _unmeasured(rules))  # a rule without evidence is refused before anything is measured
     accuracies: list[AccuracyRecord | None] = [None, None]
     if rules.accuracy and dataset is not None:
         accuracies = [_predict(b, n, dataset, options, report) for b, n in zip(bundles, names, strict=True)]
@@ -111,10 +118,11 @@ def run_gate(
     if rules.latency is not None:
         measure = _measurer(bundles, names, rules.latency, options, report)
         latency, confirmation = gather_latency(measure, rules.latency)
-    together = PairEvidence(keypoints, latency, confirmation)
+    conditions = _conditions(bundles, engines, accuracies[0], latency)
+    together = PairEvidence(keypoints, latency, confirmation, conditions)
     arms = [
-        ArmEvidence(name, accuracy, _facts(bundle, options, latency, side))
-        for side, (name, accuracy, bundle) in enumerate(zip(names, accuracies, bundles, strict=True))
+        ArmEvidence(name, accuracy, {**facts, **_memory(latency, side)})
+        for side, (name, accuracy, facts) in enumerate(zip(names, accuracies, told, strict=True))
     ]
     verdict = decide(arms[0], arms[1], together, rules, seed=options.seed)
     return GateRun(verdict, arms[0], arms[1], together)
@@ -165,16 +173,41 @@ def _predict(bundle: Bundle, name: str, dataset: PoseDataset, options: GateOptio
         return evaluate(estimator, dataset, progress=told)
 
 
-def _facts(bundle: Bundle, options: GateOptions, latency: LatencyComparison | None, side: int) -> dict[str, float]:
-    engine = choose_engine(bundle, options.backend, options.precision)
-    facts = {
-        "engine_bytes": float(sum((bundle.root / name).stat().st_size for name in engine.files)),
-        "bundle_bytes": float(sum((bundle.root / name).stat().st_size for name in bundle.manifest.files)),
+def _unmeasured(rules: GateRules) -> GateRules:
+    """The rules on facts of the files alone."""
+    limits = tuple(rule for rule in rules.limits if not (FACTS.get(rule.metric) or _OF_FILES).measured)
+    return msgspec.structs.replace(rules, limits=limits)
+
+
+def _memory(latency: LatencyComparison | None, side: int) -> dict[str, float]:
+    """Memory of an arm's processes: medians over the pairs, bytes."""
+    if latency is None:
+        return {}
+    facts = [(pair.a, pair.b)[side].facts for pair in latency.pairs]
+    return {
+        "peak_memory_bytes": float(np.median([fact.peak_rss_bytes for fact in facts])),
+        "steady_memory_bytes": float(np.median([fact.steady_rss_bytes for fact in facts])),
     }
-    if latency is not None:
-        traces: list[ArmTrace] = [(pair.a, pair.b)[side] for pair in latency.pairs]
-        facts["peak_memory_bytes"] = float(np.median([trace.facts.peak_rss_bytes for trace in traces]))
-    return facts
+
+
+def _conditions(
+    bundles: list[Bundle], engines: list[Engine], accuracy: AccuracyRecord | None, latency: LatencyComparison | None
+) -> Conditions:
+    here = fingerprint() if latency is None else latency.host
+    timed = "" if latency is None or not isinstance(latency.a, BundleArm) else latency.a.timed
+    return Conditions(
+        baseline_digest=bundles[0].digest,
+        candidate_digest=bundles[1].digest,
+        baseline_engine=f"{engines[0].backend} {engines[0].precision}",
+        candidate_engine=f"{engines[1].backend} {engines[1].precision}",
+        host=here.digest,
+        device=" + ".join((here.cpu, *here.gpus)),
+        cores=here.physical_cores,
+        governor=here.governor,
+        timed=timed,
+        protocol=None if latency is None else msgspec.structs.replace(latency.protocol, pairs=1, seed=0),
+        dataset="" if accuracy is None else accuracy.dataset,
+    )
 
 
 def _shared_keypoints(bundles: list[Bundle], dataset: PoseDataset | None) -> Keypoints:

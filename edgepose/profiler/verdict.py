@@ -6,12 +6,14 @@ inconclusive check never becomes a pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
 
 from edgepose.errors import AccuracyRegression, Inconclusive, LatencyRegression, NoisyMachine
+from edgepose.profiler.facts import Unit
+from edgepose.profiler.record import LatencyProtocol
 
 Outcome = Literal["pass", "warn", "fail", "inconclusive"]
 
@@ -113,7 +115,7 @@ class LatencyOutcome(msgspec.Struct, frozen=True):
 
 
 class LimitOutcome(msgspec.Struct, frozen=True):
-    """A fact against its limit, in bytes.
+    """A fact against its limits.
 
     Attributes:
         metric: Its name.
@@ -121,6 +123,11 @@ class LimitOutcome(msgspec.Struct, frozen=True):
         baseline: Value of the baseline.
         candidate: Value of the candidate.
         text: One line for people.
+        unit: Of both values.
+        better: Which way is better.
+        fail_above: It may become worse by this share of the baseline's value,
+        fail_above_absolute: or by this much in its unit.
+        measured: Whether it comes from running processes instead of the files.
     """
 
     metric: str
@@ -128,6 +135,50 @@ class LimitOutcome(msgspec.Struct, frozen=True):
     baseline: float
     candidate: float
     text: str
+    unit: Unit = "bytes"
+    better: Literal["lower", "higher"] = "lower"
+    fail_above: float = 0.0
+    fail_above_absolute: float = 0.0
+    measured: bool = False
+
+
+class FactPair(msgspec.Struct, frozen=True):
+    """One fact of both arms; None where that arm does not tell it."""
+
+    name: str
+    unit: Unit
+    baseline: float | None
+    candidate: float | None
+
+
+class Conditions(msgspec.Struct, frozen=True):
+    """What two arms were compared, where and how: figures of different conditions are never compared.
+
+    Attributes:
+        baseline_digest: Of the baseline's bundle.
+        candidate_digest: Of the candidate's bundle.
+        baseline_engine: Which of its engines: "onnxruntime int8".
+        candidate_engine: The same of the candidate.
+        host: Digest of the host's fingerprint.
+        device: The host for people.
+        cores: Physical cores that the processes were allowed.
+        governor: Frequency governor of these; "" where unknown.
+        timed: What was timed: the engine alone, or a whole frame; "" where nothing was.
+        protocol: How it was timed; the number of pairs follows from the looks and is not a condition.
+        dataset: Digest of the data set; "" where nothing was predicted.
+    """
+
+    baseline_digest: str
+    candidate_digest: str
+    baseline_engine: str
+    candidate_engine: str
+    host: str
+    device: str
+    cores: int
+    governor: str = ""
+    timed: str = ""
+    protocol: LatencyProtocol | None = None
+    dataset: str = ""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -146,6 +197,9 @@ class Verdict(msgspec.Struct, frozen=True):
         other_accuracy: The other metrics of the rules.
         joints: The headline metric joint by joint.
         seed: Of everything random.
+        facts: What the files say of both arms, whether or not there is a rule for it.
+        skipped: One line per optional rule that was left out, with the reason.
+        conditions: What was compared, where and how; None in verdicts of before that was kept.
     """
 
     verdict: Outcome
@@ -160,16 +214,30 @@ class Verdict(msgspec.Struct, frozen=True):
     other_accuracy: tuple[AccuracyOutcome, ...]
     joints: tuple[JointOutcome, ...]
     seed: int
+    facts: tuple[FactPair, ...] = ()
+    skipped: tuple[str, ...] = ()
+    conditions: Conditions | None = None
 
     @property
-    def checks(self) -> tuple[AccuracyOutcome | LatencyOutcome | LimitOutcome, ...]:
-        """All checks in the order they are shown."""
+    def checks(self) -> tuple[Check, ...]:
+        """All checks in the order they are shown: what needs no statistics comes first."""
         headline = (self.accuracy,) if self.accuracy is not None else ()
-        timing = (self.latency,) if self.latency is not None else ()
-        return (*headline, *self.other_accuracy, *timing, *self.limits)
+        return in_order((*headline, *self.other_accuracy), self.latency, self.limits)
 
 
-def exit_code_of(check: AccuracyOutcome | LatencyOutcome | LimitOutcome) -> int:
+Check = AccuracyOutcome | LatencyOutcome | LimitOutcome
+
+
+def in_order(
+    accuracy: Sequence[AccuracyOutcome], latency: LatencyOutcome | None, limits: Sequence[LimitOutcome]
+) -> tuple[Check, ...]:
+    """Checks as they are shown: facts of the files, accuracy, latency, facts that were measured."""
+    exact = [limit for limit in limits if not limit.measured]
+    measured = [limit for limit in limits if limit.measured]
+    return (*exact, *accuracy, *((latency,) if latency is not None else ()), *measured)
+
+
+def exit_code_of(check: Check) -> int:
     """The exit code that one check alone would end the program with."""
     match check.outcome:
         case "pass" | "warn":
@@ -181,7 +249,7 @@ def exit_code_of(check: AccuracyOutcome | LatencyOutcome | LimitOutcome) -> int:
             return AccuracyRegression.exit_code if isinstance(check, AccuracyOutcome) else LatencyRegression.exit_code
 
 
-def overall(checks: Iterable[AccuracyOutcome | LatencyOutcome | LimitOutcome]) -> tuple[Outcome, int]:
+def overall(checks: Iterable[Check]) -> tuple[Outcome, int]:
     """The verdict over all checks and its exit code.
 
     A regression is never hidden by an inconclusive check beside it: among several failures the lowest code counts, and

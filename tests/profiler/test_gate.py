@@ -221,7 +221,7 @@ def test_shipped_rules_name_every_regression_and_exit_with_the_lowest_code(name:
     after = ArmEvidence("after", record(556, lost=0.1), facts(engine=2e6))
     verdict = verdict_of(after, load_rules(name), slow_down=0.3)
     assert (verdict.verdict, verdict.exit_code) == ("fail", 3)
-    assert [reason.split()[0] for reason in verdict.reasons] == ["pck_torso_0.2", "latency", "engine_bytes"]
+    assert [reason.split()[0] for reason in verdict.reasons] == ["engine_bytes", "pck_torso_0.2", "latency"]
 
 
 def test_slower_alone_exits_with_four() -> None:
@@ -259,6 +259,56 @@ def test_growth_has_to_pass_both_limits_to_fail() -> None:
     rules = GateRules("r", accuracy=(), latency=None, limits=(LimitRule("engine_bytes", 0.05, 200_000),))
     assert verdict_of(ArmEvidence("after", None, facts(engine=1.1e6)), rules).exit_code == 0
     assert verdict_of(ArmEvidence("after", None, facts(engine=1.3e6)), rules).exit_code == 4
+
+
+LIMITS = GateRules("r", accuracy=(), latency=None)
+
+
+def limited(before: dict[str, float], after: dict[str, float], *rules: LimitRule) -> Verdict:
+    arms = ArmEvidence("before", facts=before), ArmEvidence("after", facts=after)
+    return decide(*arms, PairEvidence(), msgspec.structs.replace(LIMITS, limits=rules))
+
+
+@pytest.mark.parametrize(("after", "code"), [(0.99, 0), (0.985, 0), (0.97, 4), (1.0, 0)])
+def test_where_more_is_better_less_is_what_fails(after: float, code: int) -> None:
+    rule = LimitRule("executed_int8_share", 0.0, 0.01)
+    verdict = limited({"executed_int8_share": 0.99}, {"executed_int8_share": after}, rule)
+    assert verdict.exit_code == code
+    assert "-0.0 % or 1.0 %, whichever is more" in verdict.limits[0].text
+
+
+def test_fewer_multiplications_are_no_regression() -> None:
+    verdict = limited({"macs": 2e8}, {"macs": 1e8}, LimitRule("macs", 0.005))
+    assert verdict.exit_code == 0
+    assert "200.0 M to 100.0 M (-50.0 %)" in verdict.limits[0].text
+
+
+def test_a_precision_that_was_not_there_before_can_be_forbidden() -> None:
+    verdict = limited({"macs.int8": 5e8}, {"macs.int8": 4e8, "macs.fp32": 1e8}, LimitRule("macs.fp32", 0.0))
+    assert (verdict.exit_code, verdict.limits[0].baseline) == (4, 0)
+
+
+def test_an_optional_rule_without_evidence_is_left_out_and_said_so() -> None:
+    verdict = limited({"macs": 1e8}, {}, LimitRule("macs", 0.0, optional=True))
+    assert (verdict.verdict, verdict.limits) == ("pass", ())
+    assert verdict.skipped == ("macs was not checked: the candidate does not tell it",)
+
+
+def test_every_fact_is_in_the_verdict_whether_or_not_a_rule_asks_for_it() -> None:
+    verdict = limited({"macs": 1e8, "nodes.Conv": 3.0}, {"macs": 1e8, "nodes.Resize": 1.0})
+    found = {fact.name: (fact.unit, fact.baseline, fact.candidate) for fact in verdict.facts}
+    assert found == {"macs": ("MACs", 1e8, 1e8), "nodes.Conv": ("count", 3, 0), "nodes.Resize": ("count", 0, 1)}
+
+
+def test_measured_memory_is_shown_behind_the_latency_and_files_before_everything() -> None:
+    rules = GateRules("r", limits=(LimitRule("peak_memory_bytes", 0.1), LimitRule("engine_bytes", 0.1)))
+    verdict = verdict_of(ArmEvidence("after", record(556), facts()), rules)
+    assert [check.text.split()[0] for check in verdict.checks] == [
+        "engine_bytes",
+        "pck_torso_0.2",
+        "latency",
+        "peak_memory_bytes",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def test_the_first_look_sets_the_protocol() -> None:
         ("name: x\nlatency: {looks: []}", "looks"),
         ("name: x\nlatency: {alpha: 0.7}", "alpha"),
         ("name: x\nlimits: [{metric: colour, fail_above: 1}]", "engine_bytes"),
+        ("name: x\nlimits: [{metric: nodes., fail_above: 1}]", "nodes"),
+        ("name: x\nlimits: [{metric: macs, fail_above: 1, fail_above_absolute: -1}]", "fail_above_absolute"),
         ("name: x\nlatncy: {}", "latency"),
     ],
 )

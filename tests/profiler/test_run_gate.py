@@ -126,6 +126,23 @@ def test_limits_alone_need_neither_people_nor_time(bundle: Bundle) -> None:
     run = run_gate(bundle.root, bundle.root, None, rules)
     assert run.verdict.verdict == "pass"
     assert run.timings is None
+    found = {fact.name: fact.candidate for fact in run.verdict.facts}
+    assert found["nodes.Conv"] == 1
+    assert found["parameters"] == 6
+    conditions = run.verdict.conditions
+    assert conditions is not None
+    assert conditions.baseline_digest == conditions.candidate_digest == bundle.digest
+    assert conditions.protocol is None
+
+
+def test_a_fact_that_the_files_do_not_tell_is_refused_before_anything_is_measured(
+    bundle: Bundle, people: PoseDataset
+) -> None:
+    rules = msgspec.structs.replace(RULES, limits=(LimitRule("macs", 0.0),))  # no shape of the planes is told
+    told: list[object] = []
+    with pytest.raises(RecipeError, match="macs of both arms"):
+        run_gate(bundle.root, bundle.root, people, rules, options=OPTIONS, progress=lambda *what: told.append(what))
+    assert not told
 
 
 def test_a_profile_says_how_long_each_stage_takes(bundle: Bundle) -> None:
