@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -31,6 +32,10 @@ from edgepose.profiler.waterfall import Costs, Evidence, Latency, People, Waterf
 from edgepose.runtime import open_session
 from edgepose.spec import Engine
 from edgepose.stages.chain import FLOAT, Link, chain_of
+from edgepose.stages.source import Source
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DEV = "dev"
 """The part of train.json that choices are made on; every other split has a file of its own."""
@@ -55,7 +60,8 @@ class StepOptions:
         split: Which of them.
         sample: A random sample of so many; None takes all.
         slices: Whether they are occluded, cut off and so on as well.
-        baseline: A network, checkpoint or bundle that the steps have to be compared with too: a control arm.
+        baseline: A network, checkpoint or bundle that the steps have to be compared with too: a control arm. Where it
+            names code, checkpoints of a user's own network are loaded with it.
         latency: Whether steps are timed.
         seed: Of the sample and the bootstrap.
     """
@@ -159,7 +165,8 @@ def _people(bundle: Bundle, options: StepOptions) -> PoseDataset | None:
 def _candidates(bundle: Bundle, options: StepOptions) -> list[_Candidate]:
     baseline = find_subject(options.baseline) if options.baseline is not None else None
     links = chain_of(bundle, given=[baseline.path] if baseline and not baseline.is_bundle else [])
-    found = [_checkpoint(link) for link in links]
+    own = baseline.source.module if baseline is not None and baseline.source is not None else None
+    found = [_checkpoint(link, own) for link in links]
     if baseline is not None and not (links[0].path is not None and links[0].path == baseline.path):
         found.insert(0, _control(baseline))
     found.append(_onnx(bundle))
@@ -173,9 +180,10 @@ def _candidates(bundle: Bundle, options: StepOptions) -> list[_Candidate]:
 
 def _control(baseline: Subject) -> _Candidate:
     evidence = Evidence("control", f"control: {baseline.text}", "control", "the first engine that runs here")
-    if not baseline.is_bundle:
-        evidence = replace(evidence, runs_in="torch", costs=Costs(size_bytes=_weights_bytes(baseline.path)))
-        return _Candidate(evidence, lambda: _torch(baseline.path, evidence.costs), None, ())
+    source = baseline.source
+    if source is not None:
+        evidence = replace(evidence, runs_in="torch", costs=Costs(size_bytes=_weights_bytes(source.path)))
+        return _Candidate(evidence, lambda: _torch(source, evidence.costs), None, ())
 
     @contextmanager
     def opened() -> Iterator[_Opened]:
@@ -185,7 +193,7 @@ def _control(baseline: Subject) -> _Candidate:
     return _Candidate(evidence, opened)
 
 
-def _checkpoint(link: Link) -> _Candidate:
+def _checkpoint(link: Link, own: nn.Module | None) -> _Candidate:
     stage, _, number = link.stage.partition("-")  # "prune-1" where it was done in steps
     title = _TITLES.get(stage, stage) + (f", pass {number}" if number else "") + link.name.removeprefix(link.stage)
     path, why = link.path, link.why
@@ -195,11 +203,13 @@ def _checkpoint(link: Link) -> _Candidate:
         return _Candidate(Evidence(link.name, title, "network", "torch", why, link.recorded, Costs(macs=link.macs)))
     costs = Costs(macs=link.macs, size_bytes=_weights_bytes(path))
     evidence = Evidence(link.name, title, "network", "torch", "", link.recorded, costs)
-    arm = None
-    if read_card(path).quantisation is None:  # fake quantisation only imitates what engines do, slowly
+    arm, card = None, read_card(path)
+    source = Source(path, None if card.own is None else own)
+    # Fake quantisation only imitates what engines do, slowly; and the process that times has no code but edgepose's.
+    if card.quantisation is None and card.own is None:
         place = "edgepose.stages.checkpoint_session:torch_call"
         arm = CallableArm(title, place, {"path": str(path), "threads": physical_cores()})
-    return _Candidate(evidence, lambda: _torch(path, costs), arm, _LOST)
+    return _Candidate(evidence, lambda: _torch(source, costs), arm, _LOST)
 
 
 def _onnx(bundle: Bundle) -> _Candidate:
@@ -243,12 +253,14 @@ def _engine(bundle: Bundle, engine: Engine, *, alone: bool) -> _Candidate:
 
 
 @contextmanager
-def _torch(path: Path, costs: Costs) -> Iterator[_Opened]:
+def _torch(source: Source, costs: Costs) -> Iterator[_Opened]:
     try:
         from edgepose.stages.checkpoint_session import open_checkpoint
     except ImportError as err:
-        raise MissingDependency(err.name or "torch", extra="compile", needed_for=f"running {path} in torch") from err
-    found = open_checkpoint(path)
+        raise MissingDependency(
+            err.name or "torch", extra="compile", needed_for=f"running {source.path} in torch"
+        ) from err
+    found = open_checkpoint(source)
     with found.estimator as estimator:
         yield _Opened(estimator, msgspec.structs.replace(costs, macs=found.macs, params=found.params))
 

@@ -15,6 +15,7 @@ from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.macs import count_macs
 from edgepose.estimator import PoseEstimator
 from edgepose.stages.networks import load_network
+from edgepose.stages.source import Source
 from edgepose.training.session import TorchSession
 
 _HOOKS = "__nncf"  # where NNCF keeps its quantisers
@@ -37,14 +38,14 @@ class OpenCheckpoint:
     quantised: bool
 
 
-def open_checkpoint(path: Path) -> OpenCheckpoint:
-    """Load a checkpoint.
+def open_checkpoint(source: Source | Path) -> OpenCheckpoint:
+    """Load a checkpoint, one of a user's own network with its module.
 
     Raises:
         CheckpointError: It cannot be read, or needs a module of the user's own.
         IntegrityError: The weights are not those of its card.
     """
-    network, checkpoint = load_network(path)
+    network, checkpoint = load_network(source)
     spec = checkpoint.card.spec
     height, width = spec.preprocess.input_hw
     macs = count_macs(network, torch.zeros(1, 3, height, width)).total

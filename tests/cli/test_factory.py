@@ -319,6 +319,18 @@ def test_it_is_compiled(cli: Cli, people: Path, package: Path) -> None:
     assert {"prune", "recover", "export"} <= set(manifest.reports)
     assert manifest.chain["checkpoint"] == read_card(find_source("owned.nets:wider").path).weights_sha256
 
+    asked = ("report", "a.bundle", "--data", people, "--people", "4", "--no-latency", "--pictures", "0", "--json", "-")
+    for with_code in ((), ("--baseline", "owned.nets:wider")):
+        outcome = cli(*asked, *with_code, "--out", "a.html")
+        assert outcome.code == 0, outcome.err
+        steps = {step["name"]: step for step in json.loads(outcome.out)["waterfall"]["steps"]}
+        assert list(steps) == ["fp32", "prune", "recover", "onnx", "onnxruntime fp32", "openvino fp32"]
+        for name in ("fp32", "prune", "recover"):
+            assert steps[name]["measured"] is bool(with_code)
+            assert steps[name]["recorded"]  # on dev, when it was made
+            assert with_code or "name it package.module:factory@CHECKPOINT" in steps[name]["why"]
+        assert steps["openvino fp32"]["measured"]
+
 
 def test_it_is_trained_as_it_is(cli: Cli, people: Path, package: Path) -> None:
     flags = ("--data", people, "--epochs", "1", "--batch-size", "8", "--workers", "0", "--threads", "1")
