@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepose.data.occluders.layouts import Place, clutter, single, tangle, wall
+from edgepose.data.occluders.layouts import Place, clutter, single, tangle, veil, wall
 from edgepose.data.occluders.photographs import Donors, background, elsewhere, limbs, window
 from edgepose.data.occluders.shapes import disc, rectangle
 from edgepose.data.occluders.textures import texture
@@ -49,6 +49,7 @@ class OcclusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         clutter: Weight of many small things.
         tangles: Weight of strings.
         walls: Weight of all to one side of an edge.
+        veils: Weight of irregular patches; kept for calibration, to see how sure a network is of what it never saw.
         joints: Probability of small masks right on up to three joints.
         truncation: Probability that the frame ends within the person.
         largest_truncation: Largest share of the person's box that the frame cuts off.
@@ -70,6 +71,7 @@ class OcclusionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clutter: Weight = 0.35
     tangles: Weight = 0.15
     walls: Weight = 0.15
+    veils: Weight = 0.0
     joints: Share = 0.2
     truncation: Share = 0.15
     largest_truncation: Share = 0.45
@@ -165,7 +167,7 @@ def _paste_things(
     around = _surroundings(target)
     x1, y1, x2, y2 = (round(v) for v in around.tolist())
     wanted_px2 = rng.uniform(0.04, max(0.04, config.largest * strength)) * (x2 - x1) * (y2 - y1)
-    layouts = np.cumsum([config.single, config.clutter, config.tangles, config.walls])
+    layouts = np.cumsum([config.single, config.clutter, config.tangles, config.walls, config.veils])
     for _ in range(5):
         left_px2 = wanted_px2 - cv2.countNonZero(target.covered[y1:y2, x1:x2])
         family = _family(config, donors, rng)
@@ -185,7 +187,7 @@ def _paste_things(
         _paste(target, canvas, pixels, config, rng)
 
 
-_LAYOUTS = (single, clutter, tangle, wall)
+_LAYOUTS = (single, clutter, tangle, wall, veil)
 
 
 def _family(config: OcclusionConfig, donors: Donors, rng: np.random.Generator) -> str | None:

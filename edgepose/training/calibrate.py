@@ -3,8 +3,10 @@
 Invariant: three numbers are fitted, on people that were not trained on, and folded into the last layers; keypoints stay
 as they are, and the exported network needs nothing more.
 
-A network is more certain on what it was trained on than on anything else. Platt's scaling (1999) corrects logits by a
-scale and a shift; expected errors are multiplied by the factor that makes them right on average.
+A network is more certain on what it was trained on than on anything else, and of what will stand in front of people it
+has seen little. So people are put behind things of a kind that training does without (`OcclusionConfig.veils`), and
+rendered people of other textures, who hide joints themselves, count as much as all photographs. Platt's scaling (1999)
+corrects logits by a scale and a shift; expected errors are multiplied by the factor that makes them right on average.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from edgepose.blocks.orn import ORN
 from edgepose.blocks.orn_losses import distance_px
+from edgepose.data.augment import AugmentConfig, OcclusionConfig
 from edgepose.data.coco import PoseDataset
 from edgepose.pose.calibration import auroc, expected_calibration_error, fit_platt
 from edgepose.pose.codec import output_names
@@ -27,14 +30,17 @@ from edgepose.training.batches import AugmentedPeople, Batch, to_input
 from edgepose.training.config import TrainConfig
 
 
-def calibrate_visibility(model: nn.Module, spec: ModelSpec, data: PoseDataset, config: TrainConfig) -> dict[str, float]:
+def calibrate_visibility(
+    model: nn.Module, spec: ModelSpec, data: PoseDataset, config: TrainConfig, rendered: PoseDataset | None = None
+) -> dict[str, float]:
     """Fit and fold the corrections, in place.
 
     Args:
         model: A float network with an occlusion-robust block, trained.
         spec: Its specification.
         data: People that it was not trained on.
-        config: The run's settings: its occlusion, at full severity, hides joints; other changes are left out.
+        config: The run's settings.
+        rendered: Rendered people that it was not trained on, taken as they are; None for none.
 
     Returns:
         What was folded in and on how much: joints, scale and shift of the logits, factor of the expected errors; and
@@ -44,7 +50,13 @@ def calibrate_visibility(model: nn.Module, spec: ModelSpec, data: PoseDataset, c
     blocks = [part for part in model.modules() if isinstance(part, ORN)]
     if len(blocks) != 1 or config.augment.occlusion is None:
         return {}
-    logits, truth, ratios = _judged(model, spec, data, config)
+    logits, truth, ratios = _judged(model, spec, data, _behind_veils(config, config.augment.occlusion))
+    others = _judged(model, spec, rendered, _as_they_are(config)) if rendered is not None else None
+    if others is not None and len(others[0]):
+        logits, truth = (
+            np.concatenate([mine, np.resize(their, len(mine))])
+            for mine, their in zip((logits, truth), others[:2], strict=True)
+        )
     if not 0 < truth.sum() < len(truth):
         return {}
     scale, shift = fit_platt(logits, truth)
@@ -65,6 +77,21 @@ def calibrate_visibility(model: nn.Module, spec: ModelSpec, data: PoseDataset, c
 
 
 _PASSES = 2  # views of each person
+
+
+def _as_they_are(config: TrainConfig) -> TrainConfig:
+    plain = AugmentConfig(
+        rotation_deg=0.0, scale=1.0, shift=0.0, mirror=config.augment.mirror, color=0.0, cutout=0.0, blur=0.0
+    )
+    return msgspec.structs.replace(config, augment=plain, rendered=0.0, epochs=1, uncovered_teacher=False)
+
+
+def _behind_veils(config: TrainConfig, occlusion: OcclusionConfig) -> TrainConfig:
+    """People behind irregular patches of other photographs and of drawn things, at full severity."""
+    none = dict.fromkeys(("body_parts", "cutout", "single", "clutter", "tangles", "walls", "joints"), 0.0)
+    veiled = msgspec.structs.replace(occlusion, pasted=1.0, veils=1.0, start=1.0, **none)
+    plain = _as_they_are(config)
+    return msgspec.structs.replace(plain, augment=msgspec.structs.replace(plain.augment, occlusion=veiled))
 
 
 def _judged(
@@ -88,16 +115,7 @@ def _judged(
 
 
 def _views(spec: ModelSpec, data: PoseDataset, config: TrainConfig) -> Iterator[Batch]:
-    plain = msgspec.structs.replace(
-        config.augment, rotation_deg=0.0, scale=1.0, shift=0.0, color=0.0, cutout=0.0, blur=0.0
-    )
-    people = AugmentedPeople(
-        data,
-        spec,
-        msgspec.structs.replace(
-            config, augment=plain, rendered=0.0, epochs=1, batch_size=min(config.batch_size, len(data))
-        ),
-    )
+    people = AugmentedPeople(data, spec, msgspec.structs.replace(config, batch_size=min(config.batch_size, len(data))))
     for number in range(len(people), len(people) * (1 + _PASSES)):  # behind the run, where severity is full
         yield people[number]
 

@@ -108,7 +108,7 @@ class _State:
 def fit(
     model: nn.Module,
     spec: ModelSpec,
-    data: tuple[PoseDataset, PoseDataset] | tuple[PoseDataset, PoseDataset, PoseDataset],
+    data: tuple[PoseDataset, ...],
     config: TrainConfig,
     *,
     teacher: nn.Module | None = None,
@@ -119,8 +119,9 @@ def fit(
     Args:
         model: Any module that maps images to outputs as `spec` says; fake-quantised ones too.
         spec: Its specification.
-        data: The people to train on, the people (dev) that the best epoch is chosen on, and with `config.rendered`
-            the people that fill this share of every batch.
+        data: The people to train on, the people (dev) that the best epoch is chosen on, with `config.rendered` the
+            people that fill this share of every batch, and rendered people that only what an occlusion-robust block
+            says of visibility is calibrated on.
         config: Settings.
         teacher: Network whose outputs the loss follows with `config.distill_weight`, its feature maps with
             `config.feature_weight`.
@@ -138,7 +139,7 @@ def fit(
     _check_parts(model, teacher, config)
     tune_allocator()
     observer, state = options.observer, options.state
-    people = _people((data[0], *data[2:]), spec, config, observer)
+    people = _people((data[0], *data[2:3]), spec, config, observer)
     run = _Run(model, spec, cut_crops(data[1], spec), config, teacher)
     run.per_epoch = people.batches_per_epoch
     shapes = [{n: t.shape for n, t in m.state_dict().items()} if m is not None else None for m in (model, teacher)]
@@ -173,7 +174,7 @@ def fit(
     # Fake-quantised networks (their forward pass is replaced) have learnt from a teacher who is calibrated, and scaling
     # their weights would take them out of the quantisers' ranges.
     calibrated = spec.visibility != "" and "forward" not in vars(model)
-    calibration = calibrate_visibility(model, spec, data[1], config) if calibrated else {}
+    calibration = calibrate_visibility(model, spec, data[1], config, *data[3:]) if calibrated else {}
     return FitResult(tuple(run.state.curve), run.state.best_epoch, calibration)
 
 

@@ -12,7 +12,7 @@ from edgepose.data.patch import Patch
 
 CONFIG = OcclusionConfig(pasted=1, joints=0, soft=0, translucent=0, jitter=0)
 FAMILIES = ("shapes", "body_parts", "objects", "scene", "cutout")
-LAYOUTS = ("single", "clutter", "tangles", "walls")
+LAYOUTS = ("single", "clutter", "tangles", "walls", "veils")
 SKELETON = ((0, 1), (1, 2))
 BOX_PX2 = 60.0 * 70
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 import torch
@@ -76,6 +78,27 @@ def test_nothing_is_touched_where_nothing_is_hidden_or_said(people: PoseDataset)
     plain = build(NETWORK, KEYPOINTS)
     assert calibrate_visibility(plain, spec_of(NETWORK, KEYPOINTS), people, OCCLUDED) == {}
     assert plain.training
+
+
+def test_rendered_people_count_as_much_as_all_photographs(people: PoseDataset, tmp_path: Path) -> None:
+    """They hide nothing here, so half of what is judged can be seen, however few they are."""
+    alone, _, _ = calibrated(people)
+    after = network()
+    few = dots(tmp_path, "val", 3, seed=7)
+    both = calibrate_visibility(after, SPEC, people, OCCLUDED, few)
+    assert both["joints"] == 2 * alone["joints"]
+    assert both["hidden_share"] == pytest.approx(alone["hidden_share"] / 2)
+    again = calibrate_visibility(after, SPEC, people, OCCLUDED, few)
+    assert again["visibility_scale"] == pytest.approx(1, abs=0.02)
+
+
+def test_people_are_judged_behind_what_training_does_without(people: PoseDataset) -> None:
+    """Whatever the run's own occluders are: even with none of their weights left."""
+    nothing = dict.fromkeys(("pasted", "joints", "single", "clutter", "tangles", "walls"), 0.0)
+    weak = msgspec.structs.replace(CONFIG.augment, occlusion=OcclusionConfig(**nothing))
+    report, _, _ = calibrated(people, msgspec.structs.replace(CONFIG, augment=weak))
+    assert report["hidden_share"] == pytest.approx(calibrated(people)[0]["hidden_share"])
+    assert report["hidden_share"] > 0.1
 
 
 def test_a_head_that_is_worse_than_chance_is_left_alone(people: PoseDataset) -> None:

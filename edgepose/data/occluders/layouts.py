@@ -1,9 +1,10 @@
-"""How occluders are laid out: one thing, clutter of many, tangles of strings, walls that hide all to one side.
+"""How occluders are laid out: one thing, clutter of many, tangles of strings, walls that hide all to one side, veils.
 
 A layout draws its pieces into a canvas (h, w) uint8 that is 0 elsewhere, numbered from 1, so that each piece can have a
 colour of its own.
 
-Invariant: at most `MOST` pieces, of about the wanted area together where none overlap or fall outside of the canvas.
+Invariant: at most `MOST` pieces (a veil counts as one), of about the wanted area together where none overlap or fall
+outside of the canvas.
 """
 
 from __future__ import annotations
@@ -144,3 +145,22 @@ def wall(canvas: Canvas, place: Place, rng: np.random.Generator) -> None:
         edge[[0, -1]] += np.array([[-0.5], [0.5]]) * along * far_px
     corners = np.concatenate([foot + edge, foot + edge[[-1, 0]] + out * far_px])
     cv2.fillPoly(canvas, [np.rint(corners).astype(np.int32)], 1)
+
+
+def veil(canvas: Canvas, place: Place, rng: np.random.Generator) -> None:
+    """What is above a height of rolling hills, or near one: patches, or bands that join, of any size: camouflage."""
+    cell_px = max(3.0, place.side_px) * math.exp(rng.uniform(math.log(0.12), math.log(0.9)))
+    hills = _hills(canvas, cell_px, rng) + 0.5 * _hills(canvas, max(3.0, cell_px / 2.3), rng)
+    if rng.random() < 0.4:
+        hills = -np.abs(hills)
+    x1, y1, x2, y2 = np.rint(place.around_xyxy).astype(int).tolist()
+    part = slice(max(y1, 0), y2 + 1), slice(max(x1, 0), x2 + 1)
+    share = min(0.95, place.area_px2 / max(1.0, place.side_px**2))
+    if hills[part].size:
+        canvas[part] = hills[part] > np.quantile(hills[part], 1 - share)
+
+
+def _hills(canvas: Canvas, cell_px: float, rng: np.random.Generator) -> Points:
+    """(h, w) heights, smooth within about `cell_px`."""
+    cells = [max(2, math.ceil(side_px / cell_px)) + 2 for side_px in canvas.shape]
+    return np.asarray(cv2.resize(rng.normal(0, 1, cells), canvas.shape[::-1], interpolation=cv2.INTER_CUBIC))

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from edgepose.data.occluders.layouts import MOST, Place, clutter, single, tangle, wall
+from edgepose.data.occluders.layouts import MOST, Place, clutter, single, tangle, veil, wall
 
 AROUND = np.array([40.0, 30.0, 140.0, 170.0])
 
@@ -21,7 +21,7 @@ def laid_out(layout: object, share: float, seed: int) -> np.ndarray:
     return canvas
 
 
-@pytest.mark.parametrize("layout", [single, clutter, tangle, wall])
+@pytest.mark.parametrize("layout", [single, clutter, tangle, veil, wall])
 def test_the_area_grows_with_what_is_asked_for(layout: object) -> None:
     inner = np.s_[30:170, 40:140]
     shares = [
@@ -49,6 +49,18 @@ def test_a_wall_is_one_piece_that_reaches_the_edge_of_the_canvas_and_covers_the_
         largest = cv2.connectedComponentsWithStats(canvas)[2][1:, cv2.CC_STAT_AREA].max()
         assert largest > 0.9 * canvas.sum()
         assert 0.1 < (canvas[30:170, 40:140] > 0).mean() < 0.55
+
+
+def test_a_veil_lies_on_the_person_only_and_covers_what_is_asked_for() -> None:
+    for seed in range(20):
+        canvas = laid_out(veil, 0.3, seed)
+        assert canvas.max() == 1
+        assert canvas[30:171, 40:141].mean() == pytest.approx(0.3, abs=0.02)
+        assert canvas.sum() == canvas[30:171, 40:141].sum()
+    beside = Place(np.array([300.0, 300.0]), 100.0, np.array([180.0, 200.0, 180.0, 200.0]))
+    canvas = np.zeros((200, 180), np.uint8)
+    veil(canvas, beside, np.random.default_rng(0))
+    assert not canvas.any()
 
 
 def test_walls_stand_on_any_side() -> None:
