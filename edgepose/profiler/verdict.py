@@ -249,6 +249,11 @@ def exit_code_of(check: Check) -> int:
             return AccuracyRegression.exit_code if isinstance(check, AccuracyOutcome) else LatencyRegression.exit_code
 
 
+def word_of(check: Check) -> str:
+    """The outcome in one word: that of a machine too noisy to decide is "refused"."""
+    return "refused" if isinstance(check, LatencyOutcome) and check.noisy else check.outcome
+
+
 def overall(checks: Iterable[Check]) -> tuple[Outcome, int]:
     """The verdict over all checks and its exit code.
 

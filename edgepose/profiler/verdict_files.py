@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 
 import msgspec
 
-from edgepose.profiler.verdict import AccuracyOutcome, LatencyOutcome, LimitOutcome, Verdict
+from edgepose.profiler.verdict import AccuracyOutcome, Check, LatencyOutcome, LimitOutcome, Verdict, word_of
 from edgepose.storage import json_bytes
 
 _MARKS = {"pass": "PASS", "warn": "WARN", "fail": "FAIL", "inconclusive": "????"}
@@ -39,6 +39,7 @@ def lines_from_verdict(verdict: Verdict) -> list[str]:
     lost = [f"{joint.joint} {joint.diff_points:+.1f}" for joint in verdict.joints if joint.lost]
     if lost:
         lines.append(f"      joints lost beyond doubt, in points: {', '.join(lost)}")
+    lines += [f"      {text}" for text in verdict.skipped]
     lines.append(f"verdict: {verdict.verdict} (exit code {verdict.exit_code})")
     return lines
 
@@ -60,24 +61,26 @@ def junit_from_verdict(verdict: Verdict) -> bytes:
         ET.SubElement(properties, "property", {"name": name, "value": value})
     for check in checks:
         _test_case(suite, check, _xml_text(f"{verdict.candidate} against {verdict.baseline}"))
+    if verdict.skipped:
+        ET.SubElement(suite, "system-out").text = _xml_text("\n".join(verdict.skipped))
     ET.indent(root)
     return bytes(ET.tostring(root, encoding="utf-8", xml_declaration=True)) + b"\n"
 
 
-def _test_case(suite: ET.Element, check: AccuracyOutcome | LatencyOutcome | LimitOutcome, classname: str) -> None:
+def _test_case(suite: ET.Element, check: Check, classname: str) -> None:
     case = ET.SubElement(suite, "testcase", {"name": check_name(check), "classname": classname})
     text = _xml_text(check.text)
     match check.outcome:
         case "fail":
             ET.SubElement(case, "failure", {"message": text, "type": "regression"}).text = _details(check)
         case "inconclusive":
-            ET.SubElement(case, "error", {"message": text, "type": "inconclusive"}).text = _details(check)
+            ET.SubElement(case, "error", {"message": text, "type": word_of(check)}).text = _details(check)
         case "warn" | "pass":
             word = "warning: " if check.outcome == "warn" else ""
             ET.SubElement(case, "system-out").text = f"{word}{text}"
 
 
-def check_name(check: AccuracyOutcome | LatencyOutcome | LimitOutcome) -> str:
+def check_name(check: Check) -> str:
     """The name of a check in reports: "accuracy pck_torso_0.2", "latency", "limit engine_bytes"."""
     match check:
         case AccuracyOutcome():
@@ -88,7 +91,7 @@ def check_name(check: AccuracyOutcome | LatencyOutcome | LimitOutcome) -> str:
             return f"limit {check.metric}"
 
 
-def _details(check: AccuracyOutcome | LatencyOutcome | LimitOutcome) -> str:
+def _details(check: Check) -> str:
     fields: dict[str, Any] = msgspec.to_builtins(check)
     return "\n".join(f"{name}: {_xml_text(str(value))}" for name, value in fields.items())
 
