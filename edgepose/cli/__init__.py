@@ -40,6 +40,7 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "demo": Verb("demo", "demo", "compile, run, evaluate, profile and gate a small network, start to end"),
+    "render": Verb("render", "render", "render people to train on beside photographs"),
     "train": Verb("train", "train", "train a network on labelled photographs"),
     "compile": Verb("compile", "compile_", "turn a checkpoint into a bundle by a recipe: prune, quantise, export"),
     "prune": Verb("prune", "prune", "plan which blocks and channels go, show the plan, apply it to a checkpoint"),

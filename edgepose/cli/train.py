@@ -7,6 +7,7 @@ Ctrl-C or a kill, goes on from its state when the same command is given again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -17,6 +18,7 @@ from edgepose.blocks.card import Card, paths_of, read_card
 from edgepose.blocks.config import PRESETS, KPEConfig
 from edgepose.cli.console import note, say
 from edgepose.cli.factory import find_source
+from edgepose.cli.render import HELD_OUT
 from edgepose.cli.train_control import train_control_arm
 from edgepose.cli.train_run import People, Training, figures, require_torch
 from edgepose.data.coco import dataset
@@ -84,7 +86,7 @@ def train(
         int | None, typer.Option("--images", min=1, help="Train on so many photographs, drawn with the seed.")
     ] = None,
     rendered: Annotated[
-        Path | None, typer.Option("--rendered", help="Folder of rendered people for the share that --settings says.")
+        Path | None, typer.Option("--rendered", help="People of `edgepose render`, for the share that --settings says.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes that prepare batches.")] = 1,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Threads of torch, 0 for all cores.")] = 0,
@@ -116,6 +118,12 @@ def train(
     config = _with_teacher(config, distill_weight, teaches=teacher is not None)
     _check_share(config, rendered)
     people = _people(data, rendered, images, config.seed)
+    if (
+        rendered is not None
+        and _says_visibility(architecture, start_card)
+        and (rendered / f"{HELD_OUT}.json").is_file()
+    ):
+        people = replace(people, held_out=dataset(rendered, HELD_OUT))
     if architecture is None and start_card is not None:
         _check_own(start_card, people)
     run = Training(architecture, config, people, start, teacher, state, workers)
@@ -264,6 +272,12 @@ def _people(data: Path, rendered: Path | None, images: int | None, seed: int) ->
     if images is not None:
         train_people = some_images(train_people, images, seed)
     return People(train_people, dev, None if rendered is None else dataset(rendered, "train"))
+
+
+def _says_visibility(architecture: KPEConfig | None, start: Card | None) -> bool:
+    if architecture is not None:
+        return architecture.orn is not None
+    return start is not None and start.spec.visibility != ""
 
 
 def _interrupted(state: Path) -> int:

@@ -37,21 +37,24 @@ class People:
         train: They are learnt from.
         dev: They choose the best epoch.
         rendered: They fill a share of every batch; None for none.
+        held_out: Rendered people that visibility is calibrated on; None for none, and always without `rendered`.
     """
 
     train: PoseDataset
     dev: PoseDataset
     rendered: PoseDataset | None = None
+    held_out: PoseDataset | None = None
 
     @property
-    def sets(self) -> tuple[PoseDataset, PoseDataset] | tuple[PoseDataset, PoseDataset, PoseDataset]:
+    def sets(self) -> tuple[PoseDataset, ...]:
         """As `fit` takes them."""
-        return (self.train, self.dev) if self.rendered is None else (self.train, self.dev, self.rendered)
+        return (self.train, self.dev, *(part for part in (self.rendered, self.held_out) if part is not None))
 
     @property
     def digests(self) -> dict[str, str]:
         """By role, for the lineage."""
-        return {role: part.digest for role, part in zip(("train", "dev", "rendered"), self.sets, strict=False)}
+        roles = ("train", "dev", "rendered", "held_out")
+        return {role: part.digest for role, part in zip(roles, self.sets, strict=False)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,22 @@ def test_settings_come_from_a_file_and_flags_win(cli: Cli, command: list[object]
     assert set(entry.inputs) == {"train", "dev", "rendered"}
 
 
+def test_rendered_people_are_made_and_held_out_ones_calibrate(cli: Cli, people: Path, tmp_path: Path) -> None:
+    photographs, rendered = tmp_path / "photographs", tmp_path / "rendered"
+    assert cli("render", "--out", photographs, "--people", 24, "--held-out", 1).code == 0
+    outcome = cli("render", "--out", rendered, "--people", 6, "--held-out", 3, "--seed", 1)
+    assert outcome.code == 0
+    assert "6 people in train.json, 3 of other textures in held_out.json" in outcome.out
+    again = cli("render", "--out", rendered)
+    assert again.code == 2
+    assert "train.json and held_out.json there already" in again.line
+    (tmp_path / "orn.yaml").write_text("epochs: 1\nbatch_size: 4\nrendered: 0.25\naugment: {occlusion: {}}\n")
+    flags = ["--data", photographs, "--rendered", rendered, "--settings", tmp_path / "orn.yaml", "--input-size", 64]
+    assert cli("train", "--model", "orn-s", *flags, "--workers", 0, "--out", tmp_path / "orn").code == 0
+    (entry,) = read_card(tmp_path / "orn").lineage
+    assert set(entry.inputs) == {"train", "dev", "rendered", "held_out"}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
