@@ -169,6 +169,7 @@ class _Signer:
             if reader.op_type != "DequantizeLinear":
                 raise self._odd(reader, f"{reader.op_type} on codes")
             reader.replace_input_with(port, codes)
+            reader.outputs[0].shape = None if codes is None else codes.shape
             for place, value in enumerate(numbers, start=1):
                 reader.replace_input_with(place, value)
             reader.attributes.pop("axis", None)

@@ -24,7 +24,7 @@ from edgepose.export.trt_kernels import EngineKernel, kernels_in_inspection, ker
 from edgepose.export.trt_memory import Attempt, Profile, attempts, needs_of
 from edgepose.export.trt_progress import Phases, Told
 from edgepose.host import cache_directory
-from edgepose.runtime.cuda import open_cuda
+from edgepose.runtime.cuda import Cuda, CudaChoice, open_cuda
 from edgepose.runtime.provenance import EngineHost
 from edgepose.runtime.tensorrt import engine_host
 from edgepose.runtime.trt_diagnosis import missing_fault
@@ -56,12 +56,14 @@ class PlanOrder:
         target: The device; how to build is its `tensorrt`.
         flavour: Who builds.
         told: Called with the builder's phase, how much is done and how much there is.
+        cuda: Who calls CUDA; a `Cuda` of one's own will do.
     """
 
     model: Path
     target: Target
     flavour: Flavour
     told: Told = lambda _what, _done, _whole: None
+    cuda: CudaChoice | Cuda = "auto"
 
     @property
     def build(self) -> TensorrtBuild:
@@ -190,7 +192,7 @@ def _host(api: TrtApi, order: PlanOrder) -> tuple[EngineHost, int]:
     if api.flavour == "tensorrt-rtx":
         _check_ahead_of_time(order)
         return EngineHost(api.flavour, api.version, "", order.capabilities, "", ""), 0
-    cuda = open_cuda("auto")
+    cuda = open_cuda(order.cuda) if isinstance(order.cuda, str) else order.cuda
     device = cuda.device()
     if order.capabilities and device.compute_capability not in order.capabilities:
         raise BackendUnavailable(

@@ -1,13 +1,12 @@
 """An ONNX file → a TensorRT engine in a folder: spelt for TensorRT, checked against the lint, built, sealed, compared.
 
-Invariant: no builder sees a file that breaks a rule of the lint, and the report says whose answers were compared with the
-network's: the engine's own where it runs here; where it was compiled ahead of time, those of ONNX Runtime to the very
-ONNX file that it was compiled from, for the engine itself has not run then.
+Invariant: no builder sees a file that breaks a rule of the lint, and the report says whose answers were compared with
+the network's: the engine's own where it runs here; where it was compiled ahead of time, those of ONNX Runtime to the
+very ONNX file that it was compiled from, for the engine itself has not run then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,17 @@ from edgepose.export.signed import signed_onnx
 from edgepose.export.tensorrt import Plan, PlanOrder, build_plan
 from edgepose.export.trt_kernels import LayerPrecision, engine_layers, int8_share_of, precision_report
 from edgepose.export.trt_lint import check_for_tensorrt
+from edgepose.export.trt_memory import Profile
 from edgepose.export.trt_progress import Told
 from edgepose.export.weight_bits import quantisation_of
 from edgepose.runtime import open_session
-from edgepose.runtime.cuda import open_cuda
+from edgepose.runtime.cuda import Cuda, CudaChoice, open_cuda
 from edgepose.runtime.provenance import STRIPPED_WEIGHTS, Provenance, digest_of, write_engine
 from edgepose.runtime.session import Session
+from edgepose.runtime.tensorrt import TensorrtOptions
 from edgepose.runtime.trt_diagnosis import diagnose
 from edgepose.runtime.trt_versions import Flavour
-from edgepose.spec import Precision, Target
+from edgepose.spec import Precision, Regression, Target
 from edgepose.storage import atomic_write
 
 ENGINE = "engine.plan"
@@ -50,12 +51,14 @@ class EngineWish:
         flavour: Who builds and executes it.
         precision: Arithmetic; None is INT8 for a quantised network and the target's `floats` for others.
         told: Called with the builder's phase, how much is done and how much there is.
+        cuda: Who calls CUDA; a `Cuda` of one's own will do.
     """
 
     target: Target
     flavour: Flavour
     precision: Precision | None = None
     told: Told = lambda _what, _done, _whole: None
+    cuda: CudaChoice | Cuda = "auto"
 
 
 def tensorrt_engine(model: Path, wish: EngineWish, reference: Reference, folder: Path) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def tensorrt_engine(model: Path, wish: EngineWish, reference: Reference, folder:
     precision, spelt, spelling = _spelt(model, wish, folder)
     try:
         warnings = check_for_tensorrt(spelt)
-        plan = build_plan(PlanOrder(spelt, wish.target, wish.flavour, wish.told))
+        plan = build_plan(PlanOrder(spelt, wish.target, wish.flavour, wish.told, wish.cuda))
         _write(plan, spelt, wish, folder)
         report: dict[str, Any] = {"backend": wish.flavour, "precision": precision, "main": ENGINE, **spelling}
         layers = engine_layers(spelt, plan.kernels)
@@ -142,8 +145,11 @@ def _compared(
 ) -> dict[str, Any]:
     """How far the engine's answers are from the reference's, or those of what it was compiled from."""
     precision, reference = expected
-    runs = _runs_here(plan, wish.flavour)
-    session = open_session(engine, wish.flavour) if runs else open_session(spelt, "onnxruntime", threads=1)
+    runs = _runs_here(plan, wish)
+    options = TensorrtOptions(cuda=wish.cuda, dla_core=wish.target.tensorrt.dla_core or 0)
+    session = (
+        open_session(engine, wish.flavour, tensorrt=options) if runs else open_session(spelt, "onnxruntime", threads=1)
+    )
     try:
         found = _answers(session, reference, plan.report.profiles)
     finally:
@@ -151,6 +157,8 @@ def _compared(
     spec = reference.spec
     shift = keypoint_shift(reference.outputs, found, spec.decoder)
     differences = {name: float(np.abs(found[name] - value).max()) for name, value in reference.outputs.items()}
+    if isinstance(spec.decoder, Regression) and not spec.decoder.scales:  # decoded in the graph: the shift judges them
+        del differences[spec.decoder.keypoints]
     _check(shift, wish, precision)
     report = {"shift": msgspec.to_builtins(shift), "differences": differences}
     if runs:
@@ -158,37 +166,36 @@ def _compared(
     allowed = {
         name: max(2 * differences[name], 2 * MAX_GAP[precision] * float(np.abs(value).max()), 1e-3)
         for name, value in reference.outputs.items()
+        if name in differences
     }
     allowed["keypoints_px"] = max(2 * shift.median_px, _LEAST_PX[precision])
     return {**report, "tolerances": allowed, "checked": "the ONNX file it was compiled from, by ONNX Runtime; the "
             "engine has not run: there is no GPU for it here"}  # fmt: skip
 
 
-def _runs_here(plan: Plan, flavour: Flavour) -> bool:
+def _runs_here(plan: Plan, wish: EngineWish) -> bool:
     """Whether the engine can be executed: what was built on a device always can."""
-    if flavour == "tensorrt":
+    if wish.flavour == "tensorrt":
         return True
-    if diagnose(flavour):
+    if diagnose(wish.flavour):
         return False
-    return open_cuda("auto").device().compute_capability in plan.host.compute_capabilities
+    cuda = open_cuda(wish.cuda) if isinstance(wish.cuda, str) else wish.cuda
+    return cuda.device().compute_capability in plan.host.compute_capabilities
 
 
-def _answers(
-    session: Session, reference: Reference, profiles: tuple[tuple[int, int, int], ...]
-) -> dict[str, NDArray[np.float32]]:
+def _answers(session: Session, reference: Reference, profiles: tuple[Profile, ...]) -> dict[str, NDArray[np.float32]]:
     """What the session says to the reference's images, in batches that it takes.
 
     Raises:
         ParityError: Another batch of a profile, its smallest or largest, gets other answers.
     """
-    name, images = reference.spec.inputs[0].name, reference.images
-    shape = session.inputs[0].shape
-    batch = shape[0] if isinstance(shape[0], int) else max((best for _, best, _ in profiles), default=len(images))
-    parts = [_infer(session, name, images[first : first + batch], batch) for first in range(0, len(images), batch)]
+    images, size = reference.images, session.inputs[0].shape[0]
+    batch = size if isinstance(size, int) else max((best for _, best, _ in profiles), default=len(images))
+    least = size if isinstance(size, int) else min((low for low, _, _ in profiles), default=1)
+    parts = [_infer(session, images[first : first + batch], least) for first in range(0, len(images), batch)]
     found = {output: np.concatenate([part[output] for part in parts]) for output in parts[0]}
     for size in sorted({size for profile in profiles for size in profile} - {batch}):
-        again = _infer(session, name, np.resize(images, (size, *images.shape[1:])), size)
-        for output, value in again.items():
+        for output, value in _infer(session, np.resize(images, (size, *images.shape[1:])), size).items():
             expected = np.resize(found[output], value.shape)
             gap = float(np.abs(value - expected).mean() / max(float(np.abs(expected).max()), 1e-12))
             if not gap <= MAX_GAP["fp16"]:
@@ -199,11 +206,11 @@ def _answers(
     return found
 
 
-def _infer(session: Session, name: str, images: NDArray[np.float32], batch: int) -> Mapping[str, NDArray[np.float32]]:
-    """Answers to some images, filled up where the session takes one batch only."""
-    fixed = isinstance(session.inputs[0].shape[0], int)
-    fed = np.resize(images, (batch, *images.shape[1:])) if fixed and len(images) < batch else images
-    return {output: value[: len(images)] for output, value in session.infer({name: np.ascontiguousarray(fed)}).items()}
+def _infer(session: Session, images: NDArray[Any], least: int) -> dict[str, NDArray[np.float32]]:
+    """Answers to some images, filled up to the smallest batch that the session takes."""
+    count = len(images)
+    fed = np.resize(images, (max(count, least), *images.shape[1:]))
+    return {output: value[:count] for output, value in session.infer({session.inputs[0].name: fed}).items()}
 
 
 def _check(shift: KeypointShift, wish: EngineWish, precision: Precision) -> None:

@@ -89,7 +89,7 @@ class EngineKernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def kernels_in_log(lines: Iterable[str]) -> tuple[EngineKernel, ...]:
     """The kernels that a builder lists in its log at the detailed verbosity, TensorRT-RTX's above all."""
     found = []
-    for line in (part for message in lines for part in message.splitlines()):
+    for line in (part for message in lines for part in message.split("\n")):  # splitlines splits at \x1e
         head = re.match(r"\s*Name: (.*?), LayerType: (\w+), Inputs: (.*?\]), ", line)
         if head is None:
             continue

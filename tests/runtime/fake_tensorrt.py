@@ -133,6 +133,13 @@ class _Engine:
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Dims]:
         return [tuple(dims) for dims in self._content["profiles"][profile_index][name]]
 
+    def create_engine_inspector(self) -> Any:
+        text = json.dumps({"Layers": self._content["quirks"].get("layers", []), "Bindings": []})
+        return types.SimpleNamespace(get_engine_information=lambda _format: text)
+
+    def refit(self, factors: dict[str, float]) -> None:
+        self._content["outputs"] = factors
+
     def create_execution_context(self, *, runtime_config: Any = None) -> Any:
         if self._content["quirks"].get("no_context"):
             self._logger.log(1, "Requested amount of GPU memory could not be allocated")
