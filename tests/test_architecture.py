@@ -25,6 +25,7 @@ BUILD_HALF = (
 
 LEAVES = {
     "edgepose.pose.coco_map": "faster_coco_eval",
+    "edgepose.profiler.change_points": "ruptures",
     "edgepose.runtime.openvino": "openvino",
     "edgepose.runtime.ort": "onnxruntime",
     "edgepose.runtime.tensorrt": "tensorrt",
@@ -35,7 +36,8 @@ RUN_HALF_LIBRARIES = {"numpy", "msgspec", "cv2", "yaml", "typing_extensions"}  #
 
 HEAVY_LIBRARIES = (
     "faster_coco_eval", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "pycocotools", "pycuda", "rich",
-    "safetensors", "scipy", "sklearn", "tensorrt", "tensorrt_rtx", "torch", "torch_pruning", "torchao", "typer",
+    "ruptures", "safetensors", "scipy", "sklearn", "tensorrt", "tensorrt_rtx", "torch", "torch_pruning", "torchao",
+    "typer",
 )  # fmt: skip
 
 

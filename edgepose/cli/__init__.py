@@ -50,6 +50,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb("eval", "eval_", "measure the accuracy of a network or bundle on labelled photographs"),
     "profile": Verb("profile", "profile", "measure latency, throughput and memory of a bundle"),
     "gate": Verb("gate", "gate", "compare two bundles and fail on a regression"),
+    "baseline": Verb("baseline", "baseline", "accept what a gate said as the new baseline, and watch for slow creep"),
     "report": Verb("report", "report", "write all that is known of a bundle as one HTML page"),
     "inspect": Verb("inspect", "inspect", "show what a bundle or checkpoint holds and where it came from"),
     "verify": Verb("verify", "verify", "check every byte of a bundle and what its engines answer"),

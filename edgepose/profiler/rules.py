@@ -93,6 +93,30 @@ class LimitRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional: bool = False
 
 
+class TrendRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far accepted changes may add up, against a frozen reference; decides `edgepose baseline trend`.
+
+    Attributes:
+        creep_above: CREEP when it is surely worse than the reference by more than this share,
+        creep_above_points: or points, for accuracy and shares.
+        alpha: The bound behind "surely" is wrong with at most this probability.
+        least_step: Steps of the level smaller than this share are not looked for,
+        least_step_points: or points.
+        penalty: What a further change point costs, in units of noise times the logarithm of the number of points.
+        window: Points looked at, the latest.
+        least_points: With fewer points, the last one stands for the level and no changes are looked for.
+    """
+
+    creep_above: Share = 0.02
+    creep_above_points: Points = 0.5
+    alpha: Alpha = 0.005
+    least_step: Annotated[float, msgspec.Meta(gt=0)] = 0.002
+    least_step_points: Annotated[float, msgspec.Meta(gt=0)] = 0.1
+    penalty: Annotated[float, msgspec.Meta(gt=0)] = 3.0
+    window: Annotated[int, msgspec.Meta(ge=6)] = 50
+    least_points: Annotated[int, msgspec.Meta(ge=6)] = 6
+
+
 class GateRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that decides a verdict.
 
@@ -103,6 +127,7 @@ class GateRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         latency: None: latency is not looked at.
         limits: Facts that may not grow.
         per_joint_alpha: A joint is reported as lost when its p-value, adjusted by Holm over all joints, is below.
+        trend: How far accepted changes may add up.
     """
 
     name: str
@@ -111,6 +136,7 @@ class GateRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latency: LatencyRule | None = LatencyRule()
     limits: tuple[LimitRule, ...] = ()
     per_joint_alpha: Alpha = 0.005
+    trend: TrendRule = TrendRule()
 
 
 def load_rules(name_or_path: str) -> GateRules:
