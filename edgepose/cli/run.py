@@ -5,6 +5,7 @@ Invariant: the drawn pictures and the JSON appear only when the last frame was d
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,30 +110,17 @@ def run(
     opened = open_source(source)
     if out is not None:
         check_output_suffix(out, opened.kind)
-    if boxes is not None and detector is not None:
-        raise UsageError("--detector", found="--boxes as well", expected="one of them", fix="leave one of them off")
-    _check_post_processing(opened, smooth=smooth, duplicates=max_oks is not None, boxes=bool(boxes or detector))
+    _check_post_processing(opened, smooth=smooth, duplicates=max_oks is not None, people=(boxes, detector))
     people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
-    rows: list[dict[str, Any]] = []
     with (
         PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test, execution=execution) as estimator,
         nullcontext() if detector is None else _detector(detector, estimator, *chosen, execution) as finder,
     ):
         info = estimator.info()
-        keypoints = estimator.spec.keypoints
-        processed = _PostProcessing(keypoints, max_oks, opened.fps if smooth else 0.0)
-        with steps() as progress:
-            with picture_sink(out, opened, replace=force) as sink:
-                for shot in shots(opened, convert=convert, allow_short=allow_short):
-                    poses = processed(shot, _poses(estimator, shot, people, finder))
-                    sink(shot, draw(shot.frame, poses, keypoints, min_score=min_score))
-                    rows.append(_row(shot, poses))
-                    if len(rows) < opened.total:
-                        progress.told(f"running over {source.name}", len(rows), opened.total)
-                if json is not None:
-                    write_json(json, rows)
-            if opened.total > 1:
-                progress.told(f"running over {source.name}", len(rows), len(rows))
+        processed = _PostProcessing(estimator.spec.keypoints, max_oks, opened.fps if smooth else 0.0)
+        frames = shots(opened, convert=convert, allow_short=allow_short)
+        found = ((shot, processed(shot, _poses(estimator, shot, people, finder))) for shot in frames)
+        rows = _written(found, opened, _Outputs(out, json, force, min_score), estimator.spec.keypoints)
     if people is None and finder is None and not isinstance(estimator.spec.decoder, OneStage):
         note("no --boxes and no --detector given: took each whole frame as one person")
     _say_how(info)
@@ -144,15 +132,57 @@ def run(
     return 0
 
 
-def _check_post_processing(source: Source, *, smooth: bool, duplicates: bool, boxes: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """Where poses go.
+
+    Attributes:
+        out: Pictures, a folder of them or a video; None for none.
+        json: The rows; None for nowhere.
+        replace: Whether a folder that is at `out` goes.
+        min_score: Joints below it are drawn hollow.
+    """
+
+    out: Path | None
+    json: Path | None
+    replace: bool
+    min_score: float
+
+
+def _written(
+    found: Iterable[tuple[Shot, Poses]], source: Source, outputs: _Outputs, keypoints: Keypoints
+) -> list[dict[str, Any]]:
+    """Draws and writes poses as they are found, with progress; the rows."""
+    rows: list[dict[str, Any]] = []
+    what = f"running over {source.path.name}"
+    with steps() as progress:
+        with picture_sink(outputs.out, source, replace=outputs.replace) as sink:
+            for shot, poses in found:
+                sink(shot, draw(shot.frame, poses, keypoints, min_score=outputs.min_score))
+                rows.append(_row(shot, poses))
+                if len(rows) < source.total:
+                    progress.told(what, len(rows), source.total)
+            if outputs.json is not None:
+                write_json(outputs.json, rows)
+        if source.total > 1:
+            progress.told(what, len(rows), len(rows))
+    return rows
+
+
+def _check_post_processing(
+    source: Source, *, smooth: bool, duplicates: bool, people: tuple[Path | None, Path | None]
+) -> None:
     """Refuses flags that would do nothing.
 
     Raises:
         UsageError: Names the flag.
     """
+    boxes, detector = people
+    if boxes is not None and detector is not None:
+        raise UsageError("--detector", found="--boxes as well", expected="one of them", fix="leave one of them off")
     if smooth and source.kind != "video":
         raise UsageError("--smooth", found=f"{source.path}, which has no time", expected="a video", fix="leave it off")
-    if duplicates and not boxes:
+    if duplicates and people == (None, None):
         found = "no --boxes, so one pose per frame"
         raise UsageError("--oks-nms", found=found, expected="several boxes", fix="give --boxes, or leave it off")
 

@@ -7,7 +7,6 @@ Ctrl-C or a kill, goes on from its state when the same command is given again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -18,7 +17,6 @@ from edgepose.blocks.card import Card, paths_of, read_card
 from edgepose.blocks.config import PRESETS, KPEConfig
 from edgepose.cli.console import note, say
 from edgepose.cli.factory import find_source
-from edgepose.cli.render import HELD_OUT
 from edgepose.cli.train_control import train_control_arm
 from edgepose.cli.train_run import People, Training, figures, require_torch
 from edgepose.data.coco import dataset
@@ -112,18 +110,13 @@ def train(
     start, start_card = _checkpoint(source)
     changes = {"head": head, "backbone": backbone, "refinements": refinements, "input_hw": _square(input_size)}
     architecture = _architecture(model, start_card, changes)
-    preset = "" if architecture is None else architecture.name
-    config = _config(settings, preset, {name: flags[name] for name in _SETTINGS})
+    config = _config(settings, architecture, {name: flags[name] for name in _SETTINGS})
     teacher, _ = _checkpoint(distill_from)
     config = _with_teacher(config, distill_weight, teaches=teacher is not None)
     _check_share(config, rendered)
     people = _people(data, rendered, images, config.seed)
-    if (
-        rendered is not None
-        and _says_visibility(architecture, start_card)
-        and (rendered / f"{HELD_OUT}.json").is_file()
-    ):
-        people = replace(people, held_out=dataset(rendered, HELD_OUT))
+    if _says_visibility(architecture, start_card):
+        people = people.judged_on(rendered)
     if architecture is None and start_card is not None:
         _check_own(start_card, people)
     run = Training(architecture, config, people, start, teacher, state, workers)
@@ -221,11 +214,12 @@ def _choices(field: str) -> tuple[str, ...]:
     return get_args(kind)
 
 
-def _config(path: Path | None, name: str, flags: Mapping[str, Any]) -> TrainConfig:
+def _config(path: Path | None, architecture: KPEConfig | None, flags: Mapping[str, Any]) -> TrainConfig:
     """The file's settings, or the defaults, with what flags say."""
     given = {field: value for field, value in flags.items() if value is not None}
     if path is not None:
         return msgspec.structs.replace(read_yaml(path, TrainConfig), **given)
+    name = "" if architecture is None else architecture.name
     return TrainConfig(**{"epochs": _EPOCHS.get(name, max(_EPOCHS.values())), **given})
 
 

@@ -7,7 +7,7 @@ digest everything that went into it.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ import msgspec
 from edgepose.blocks.card import Card, Lineage, read_card
 from edgepose.blocks.config import KPEConfig
 from edgepose.cli.console import Steps, duration, note, steps
-from edgepose.data.coco import PoseDataset
+from edgepose.cli.render import HELD_OUT
+from edgepose.data.coco import PoseDataset, dataset
 from edgepose.errors import CheckpointError, MissingDependency
 from edgepose.host import physical_cores
 from edgepose.spec import ModelSpec
@@ -44,6 +45,12 @@ class People:
     dev: PoseDataset
     rendered: PoseDataset | None = None
     held_out: PoseDataset | None = None
+
+    def judged_on(self, rendered: Path | None) -> People:
+        """With the people that `edgepose render` held out, where there are any."""
+        if rendered is None or not (rendered / f"{HELD_OUT}.json").is_file():
+            return self
+        return replace(self, held_out=dataset(rendered, HELD_OUT))
 
     @property
     def sets(self) -> tuple[PoseDataset, ...]:
