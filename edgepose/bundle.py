@@ -45,7 +45,7 @@ class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the golden vectors lie, and how far an engine may stray from them.
 
     Attributes:
-        inputs: (N, 3, h, w) float32, normalised, .npy.
+        inputs: (N, 3, h, w) float32, normalised, or (N, h, w, 3) uint8 where the network takes images; .npy.
         outputs: One array per network output, by name, .npz.
         keypoints: (N, K, 2) float32, pixels of the input crop, .npy.
         tolerances: Engine path → name of an output → largest absolute difference allowed; "keypoints_px" → largest
@@ -139,7 +139,7 @@ class EngineDraft:
 class GoldenDraft:
     """Golden vectors to put into a bundle; shapes as in `Golden`."""
 
-    inputs: NDArray[np.float32]
+    inputs: NDArray[Any]
     outputs: Mapping[str, NDArray[np.floating]]
     keypoints: NDArray[np.float32]
 
@@ -359,7 +359,7 @@ def _put_golden(folder: Path, golden: GoldenDraft) -> None:
     (folder / "outputs.npz").write_bytes(archive.getvalue())
 
 
-def _npy(array: NDArray[np.float32]) -> bytes:
+def _npy(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()  # straight to a file, NumPy would not say why a write failed
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

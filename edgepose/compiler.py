@@ -26,6 +26,7 @@ from edgepose.pose.codec import decode
 from edgepose.profiler.turns import time_in_turns
 from edgepose.profiles import load_target
 from edgepose.recipe import Recipe
+from edgepose.spec import ModelSpec
 from edgepose.stages.assemble import (
     CompileResult,
     EngineOrder,
@@ -451,15 +452,16 @@ def _check_people(build: _Build) -> None:
 
 
 def _export(build: _Build) -> StageResult:
-    opset = build.request.recipe.export.opset
+    asked = build.request.recipe.export
     source = build.current
 
     def work(folder: Path) -> dict[str, Any]:
         from edgepose.stages import export
 
-        return export.export(source, opset, folder)
+        return export.export(source, asked.opset, folder, asked)
 
-    return _run(build, build.key("export", {"checkpoint": build.digest}, {"opset": opset}, _EXPORT), work)
+    config = msgspec.to_builtins(asked) if asked.has_ends else {"opset": asked.opset}
+    return _run(build, build.key("export", {"checkpoint": build.digest}, config, _EXPORT), work)
 
 
 def _engines(build: _Build, exported: StageResult, timer: Timer) -> Engines:
@@ -470,10 +472,12 @@ def _engines(build: _Build, exported: StageResult, timer: Timer) -> Engines:
             if order.precision is not None:
                 from edgepose.stages.float_engine import build_float_engine
 
-                return build_float_engine(exported.path, spec, order.backend, order.precision, folder)
+                batch = order.target.batch
+                return build_float_engine(exported.path, spec, order.backend, order.precision, folder, batch=batch)
             from edgepose.stages import export
 
-            return export.build_engine(exported.path, spec, order.backend, order.weight_bits, folder)
+            batch = order.target.batch
+            return export.build_engine(exported.path, spec, order.backend, order.weight_bits, folder, batch=batch)
 
         return _run(build, order.key({"export": exported.key}), work)
 
@@ -512,9 +516,10 @@ def _bundle(build: _Build, exported: StageResult, engines: Engines, after: tuple
         if plan is not None:
             origin["plan"] = plan
         ran = build.stages[: build.stages.index(exported) + 1]  # engines and what decided between them come apart
+        golden, spec = _golden(build, exported)
         return BundleDraft(
             name=name,
-            spec=msgspec.structs.replace(build.source_card.spec, name=name),
+            spec=msgspec.structs.replace(spec, name=name),
             onnx=_network_file(exported),
             engines=engine_drafts(engines),
             chain=_chain(build),
@@ -524,7 +529,7 @@ def _bundle(build: _Build, exported: StageResult, engines: Engines, after: tuple
                 **{s.stage: stage_report(s) for s in after},
                 "compile": origin,
             },
-            golden=_golden(build, exported),
+            golden=golden,
         )
 
     return finished_bundle(request.out, key, tuple(build.stages), draft, replace=request.replace)
@@ -536,9 +541,9 @@ def _origin(request: CompileRequest, card: Card) -> dict[str, Any]:
 
 
 def _network_file(exported: StageResult) -> Path:
-    """The network as ONNX: the quantised file where there is one, the float one otherwise."""
-    quantised = exported.path / "model.onnx"
-    return quantised if quantised.exists() else exported.path / "float.onnx"
+    """The network as ONNX: with its ends where it has some, quantised where there is such a file, else float."""
+    names = ("ended.onnx", "model.onnx", "float.onnx")
+    return next(path for path in (exported.path / name for name in names) if path.exists())
 
 
 def _chain(build: _Build) -> dict[str, str]:
@@ -556,8 +561,15 @@ def _chain(build: _Build) -> dict[str, str]:
     return {**chain, "compressed": card.weights_sha256}
 
 
-def _golden(build: _Build, exported: StageResult) -> GoldenDraft:
+def _golden(build: _Build, exported: StageResult) -> tuple[GoldenDraft, ModelSpec]:
+    """The golden vectors, and what the network of the bundle eats and says: with its ends, where it has some."""
     with np.load(exported.path / "golden.npz", allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
-    images = arrays.pop("images")
-    return GoldenDraft(images, arrays, decode(arrays, build.source_card.spec.decoder)[0])
+    images, spec, asked = arrays.pop("images"), build.source_card.spec, build.request.recipe.export
+    if asked.has_ends:
+        from edgepose.export.ends import answers_with_ends, spec_with_ends
+
+        arrays, spec = answers_with_ends(arrays, spec, asked), spec_with_ends(spec, asked)
+    if asked.image_input:
+        images = np.load(exported.path / "pixels.npy", allow_pickle=False)
+    return GoldenDraft(images, arrays, decode(arrays, spec.decoder)[0]), spec

@@ -30,7 +30,7 @@ from edgepose.errors import (
 from edgepose.pose.codec import decode, named_output, output_names, people_candidates
 from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order
 from edgepose.pose.one_stage import owners, people_of
-from edgepose.pose.preprocess import crop_transforms, normalise, to_source, warp
+from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
 from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
 from edgepose.runtime.provenance import ForeignEngine
 from edgepose.spec import Backend, Engine, Execution, ModelSpec, OneStage, Poses, Precision, Regression
@@ -224,7 +224,7 @@ class PoseEstimator:
     def _outputs(self, frame: NDArray[np.uint8], transforms: NDArray[np.float64]) -> Mapping[str, NDArray[Any]]:
         """What the network says of at most one batch of crops, merged with what it says of their mirror images."""
         spec, preprocess = self._spec, self._spec.preprocess
-        images = normalise(warp(frame, transforms, preprocess.input_hw, preprocess.border), preprocess)
+        images = network_input(warp(frame, transforms, preprocess.input_hw, preprocess.border), spec)
         if self._batch > len(images):  # an engine of fixed batch gets blank people to fill it up
             blank = np.zeros((self._batch - len(images), *images.shape[1:]), images.dtype)
             images = np.concatenate([images, blank])
@@ -386,11 +386,13 @@ def _check_session(session: Session, spec: ModelSpec) -> int:
     if len(spec.inputs) != 1 or [tensor.name for tensor in session.inputs] != [spec.inputs[0].name]:
         found = f"inputs {[tensor.name for tensor in session.inputs]}"
         raise SpecError(where, found=found, expected=f"{[tensor.name for tensor in spec.inputs]}, exactly one")
-    shape, expected = session.inputs[0].shape, (3, *spec.preprocess.input_hw)
+    height, width = spec.preprocess.input_hw
+    shape, dtype = session.inputs[0].shape, "uint8" if spec.takes_images else "float32"
+    expected = (height, width, 3) if spec.takes_images else (3, height, width)
     fits = len(shape) == 4 and all(isinstance(a, str) or a == b for a, b in zip(shape[1:], expected, strict=True))
-    if not fits or session.inputs[0].dtype != "float32":
+    if not fits or session.inputs[0].dtype != dtype:
         found = f"input of shape {shape} and dtype {session.inputs[0].dtype}"
-        raise SpecError(where, found=found, expected=f"(batch, {', '.join(map(str, expected))}) and float32")
+        raise SpecError(where, found=found, expected=f"(batch, {', '.join(map(str, expected))}) and {dtype}")
     decoder = spec.decoder
     if isinstance(decoder, Regression) and decoder.input_hw != spec.preprocess.input_hw:
         found = f"a decoder for inputs of {decoder.input_hw}"

@@ -13,7 +13,7 @@ import numpy as np
 from edgepose.bundle import Bundle, golden_vectors
 from edgepose.errors import ParityError
 from edgepose.pose.codec import decode
-from edgepose.runtime.session import Session
+from edgepose.runtime.session import Session, infer_all
 from edgepose.spec import Engine
 
 KEYPOINTS = "keypoints_px"
@@ -52,7 +52,7 @@ def check_golden(bundle: Bundle, engine: Engine, session: Session) -> GoldenChec
     if golden is None or bundle.manifest.golden is None:
         return None
     spec = bundle.manifest.spec
-    outputs = session.infer({spec.inputs[0].name: golden.inputs})
+    outputs = infer_all(session, {spec.inputs[0].name: golden.inputs})
     differences = {name: _largest(outputs[name], expected) for name, expected in golden.outputs.items()}
     differences[KEYPOINTS] = _median_shift(decode(outputs, spec.decoder)[0], golden.keypoints)
     tolerances = bundle.manifest.golden.tolerances.get(engine.path, {})

@@ -133,6 +133,7 @@ def _engines(bundle: Bundle, orders: Sequence[EngineOrder], observer: StageObser
 def _build_engine(bundle: Bundle, order: EngineOrder, folder: Path) -> dict[str, Any]:
     import msgspec
 
+    from edgepose.export.ends import fix_batch
     from edgepose.export.engine import Reference, engine_from_onnx
     from edgepose.export.weight_bits import narrowed_onnx, quantisation_of
 
@@ -152,6 +153,9 @@ def _build_engine(bundle: Bundle, order: EngineOrder, folder: Path) -> dict[str,
     if kind.dialect != "float" and order.weight_bits < kind.weight_bits:
         report["narrowed"] = msgspec.to_builtins(narrowed_onnx(model, folder / "model.onnx"))
         model = folder / "model.onnx"
+    if order.target.batch:
+        fix_batch(model, order.target.batch, folder / "model.onnx")
+        model, report["batch"] = folder / "model.onnx", order.target.batch
     reference = Reference(bundle.manifest.spec, golden.inputs, dict(golden.outputs))
     return {**engine_from_onnx(model, kind.dialect, order.backend, reference, folder), **report}
 

@@ -209,6 +209,11 @@ class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_input: bool = False
     decoding: bool = False
 
+    @property
+    def has_ends(self) -> bool:
+        """Whether anything is to stand before or behind the network in its graph."""
+        return self.image_input or self.decoding
+
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The way from a checkpoint to a bundle; stages that are left out do not happen.

@@ -170,6 +170,11 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     visibility: str = ""
     uncertainty: str = ""
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether it is fed crops as they are, (N, h, w, 3) uint8 BGR: normalising them is part of its graph then."""
+        return self.inputs[0].dtype == "uint8"
+
 
 OrtProvider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml", "xnnpack"]
 

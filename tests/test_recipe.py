@@ -103,7 +103,7 @@ def test_recipe_is_read_from_a_path(tmp_path: Path) -> None:
         ("prune: {depth: -1}\n", ["prune.depth", ">= 0"]),
         ("prune: {pattern: 1:4}\n", ["prune.pattern", "'1:4'", "'2:4'"]),
         ("prune: {depth: 1, steps: 2}\n", ["2 steps towards none of ratio, speedup and target_latency_ms"]),
-        ("export: {opset: 13}\n", ["export.opset", "found 13", ">= 18"]),
+        ("export: {opset: 12}\n", ["export.opset", "found 12", ">= 13"]),
         ("targets: []\n", ["targets", "a list of 0"]),
         ("targets: this-cpu\n", ["targets", "'this-cpu'", "a list"]),
         ("targets: [this-cpu, this-cpu]\n", ["the target 'this-cpu' twice"]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from edgepose.cli.console import Steps, duration, note, say, show_table, steps
@@ -17,7 +18,7 @@ from edgepose.cli.factory import find_source
 from edgepose.cli.options import check_outputs
 from edgepose.compiler import CompileRequest, CompileResult, compile_bundle, planned_stages
 from edgepose.errors import MissingDependency, UsageError
-from edgepose.recipe import load_recipe
+from edgepose.recipe import Recipe, load_recipe
 from edgepose.stages.cache import StageResult
 from edgepose.stages.latency import STAIR_COLUMNS, stair_rows, staircase_of
 
@@ -26,6 +27,7 @@ EXAMPLES = (
     "edgepose compile prune-qat-int8 --model kpe-s --out small.bundle",
     "edgepose compile my.yaml --model runs/mine.safetensors --data photos --target x86-cpu --out mine.bundle",
     "edgepose compile fp32 --model kpe-t --out kpe-t.bundle --dry-run",
+    "edgepose compile ptq-int8 --data lspet --image-input --decoding --out camera.bundle",
     "edgepose compile ptq-int8 --model imported.bundle --data photos --out imported-int8.bundle",
     "edgepose compile qat-int8 --model mine.networks:small --data photos --out mine.bundle",
 )
@@ -46,6 +48,13 @@ def compile_(
         typer.Option(help="Folder with train.json and images/; for a bundle, photographs without labels will do."),
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Target to build for; repeat for several.")] = None,
+    image_input: Annotated[
+        bool,
+        typer.Option("--image-input", help="Take uint8 images: colours, mean, std and layout go into the graph."),
+    ] = False,
+    decoding: Annotated[
+        bool, typer.Option("--decoding", help="Say keypoints and scores: decoding becomes part of the graph.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which stages would run, and stop.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace another bundle at OUT.")] = False,
 ) -> int:
@@ -53,11 +62,13 @@ def compile_(
 
     Where MODEL is a float bundle, an imported one say, its ONNX network is quantised after training (mode: ptq).
     """
+    loaded = load_recipe(recipe, targets=target or ())
+    asked = loaded.export
+    ends = {"image_input": image_input or asked.image_input, "decoding": decoding or asked.decoding}
+    loaded = msgspec.structs.replace(loaded, export=msgspec.structs.replace(asked, **ends))
     if Path(model).is_dir():
-        return _quantise_bundle(
-            _Wish(recipe, Path(model), data, tuple(target or ()), out), dry_run=dry_run, replace=replace
-        )
-    request = CompileRequest(load_recipe(recipe, targets=target or ()), find_source(model), data, out, replace)
+        return _quantise_bundle(_Wish(loaded, Path(model), data, out), dry_run=dry_run, replace=replace)
+    request = CompileRequest(loaded, find_source(model), data, out, replace)
     if dry_run:
         rows = [(stage, state) for stage, state in planned_stages(request)]
         show_table(("stage", "would be"), rows, title=f"{request.recipe.name}: {request.recipe.description}")
@@ -70,12 +81,11 @@ def compile_(
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What was asked of a bundle: recipe, bundle, data, targets, place of the new one."""
+    """What was asked of a bundle: recipe, bundle, data, place of the new one."""
 
-    recipe: str
+    recipe: Recipe
     bundle: Path
     data: Path | None
-    targets: tuple[str, ...]
     out: Path
 
 
@@ -83,14 +93,18 @@ def _quantise_bundle(wish: _Wish, *, dry_run: bool, replace: bool) -> int:
     if dry_run:
         found = f"the bundle {wish.bundle}, of which there are two stages only: ptq and engines"
         raise UsageError("--dry-run", found=found, expected="a checkpoint", fix="leave it off")
+    if wish.recipe.export.has_ends:
+        found = f"the bundle {wish.bundle}, whose network is taken as it is"
+        fix = "leave --image-input and --decoding off, here and in the recipe"
+        raise UsageError("export", found=found, expected="a checkpoint", fix=fix)
     check_outputs([wish.out], [wish.bundle])
     try:
         from edgepose.importer.quantise import QuantiseRequest, quantise_bundle
     except ModuleNotFoundError as err:
         raise MissingDependency(err.name or str(err), extra="compile", needed_for=f"quantising {wish.bundle}") from err
-    recipe = load_recipe(wish.recipe, targets=wish.targets)
     with steps() as shown:
-        result = quantise_bundle(QuantiseRequest(wish.bundle, recipe, wish.data, wish.out, replace), Watcher(shown))
+        request = QuantiseRequest(wish.bundle, wish.recipe, wish.data, wish.out, replace)
+        result = quantise_bundle(request, Watcher(shown))
     describe(result)
     return 0
 

@@ -25,13 +25,8 @@ from edgepose.recipe import Export
 from edgepose.spec import Heatmap, ModelSpec, OneStage, Preprocess, Regression, SimCC, TensorSpec
 from edgepose.storage import atomic_file
 
-IMAGE, KEYPOINTS, SCORES = "image", "keypoints", "scores"
+PIXELS, KEYPOINTS, SCORES = "pixels", "keypoints", "scores"
 _LOWEST_OPSET = 13
-
-
-def has_ends(export: Export) -> bool:
-    """Whether anything is asked for here."""
-    return export.image_input or export.decoding
 
 
 def spec_with_ends(spec: ModelSpec, export: Export) -> ModelSpec:
@@ -42,11 +37,11 @@ def spec_with_ends(spec: ModelSpec, export: Export) -> ModelSpec:
     Raises:
         SpecError: A one-stage network, which does not say one person's keypoints.
     """
-    if not has_ends(export):
+    if not export.has_ends:
         return spec
     batch = spec.inputs[0].shape[0]
     if export.image_input:
-        image = TensorSpec(IMAGE, (batch, *spec.preprocess.input_hw, 3), "uint8")
+        image = TensorSpec(PIXELS, (batch, *spec.preprocess.input_hw, 3), "uint8")
         spec = msgspec.structs.replace(spec, inputs=(image,))
     if not export.decoding:
         return spec
@@ -139,7 +134,8 @@ def _take_images(graph: ir.Graph, spec: ModelSpec, image: TensorSpec) -> None:
     tensor = _normalised(op, taken, spec.preprocess)
     ir.convenience.replace_all_uses_with(old, tensor)
     graph.inputs[0] = taken
-    tensor.name, tensor.type, tensor.shape = old.name, old.type, old.shape
+    tensor.name = f"{old.name}_normalised" if old.name == image.name else old.name
+    tensor.type, tensor.shape = old.type, old.shape
     graph.insert_before(graph[0], op.nodes)
     _register(graph, op)
 

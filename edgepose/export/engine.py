@@ -18,8 +18,8 @@ from edgepose.errors import ParityError, UsageError
 from edgepose.export.int8_reasons import achieved, read_asked
 from edgepose.export.int8_share import Int8Share
 from edgepose.export.parity import KeypointShift, keypoint_shift
-from edgepose.runtime import open_session
-from edgepose.spec import Backend, Dialect, ModelSpec, Precision
+from edgepose.runtime import infer_all, open_session
+from edgepose.spec import Backend, Dialect, ModelSpec, Precision, Regression
 
 _MODEL = "model.onnx"
 MAX_GAP: dict[Precision, float] = {"fp32": 1e-4, "bf16": 0.02, "fp16": 2e-3, "int8": 0.03}
@@ -35,12 +35,12 @@ class Reference:
 
     Attributes:
         spec: The network's inputs, outputs and decoder.
-        images: (N, 3, h, w) float32, normalised.
+        images: (N, 3, h, w) float32, normalised, or (N, h, w, 3) uint8 where the network takes images.
         outputs: The torch network's outputs for them, by name.
     """
 
     spec: ModelSpec
-    images: NDArray[np.float32]
+    images: NDArray[Any]
     outputs: dict[str, NDArray[np.float32]]
 
 
@@ -135,11 +135,15 @@ def engine_differences(
     spec = reference.spec
     session = open_session(main, backend, threads=1, precision=precision)
     try:
-        found = session.infer({spec.inputs[0].name: reference.images})
+        found = infer_all(session, {spec.inputs[0].name: reference.images})
     finally:
         session.close()
     shift = keypoint_shift(reference.outputs, found, spec.decoder)
-    return shift, {name: float(np.abs(found[name] - value).max()) for name, value in reference.outputs.items()}
+    differences = {name: float(np.abs(found[name] - value).max()) for name, value in reference.outputs.items()}
+    if isinstance(spec.decoder, Regression) and not spec.decoder.scales:
+        # Decoded in the graph: a keypoint that the network has no opinion on may jump anywhere; the shift judges them.
+        del differences[spec.decoder.keypoints]
+    return shift, differences
 
 
 def _check(shift: KeypointShift, backend: Backend, precision: Precision) -> None:

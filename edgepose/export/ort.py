@@ -137,7 +137,7 @@ def _profile(path: Path, optimised: Path, prefix: Path, *, runs: int = 1) -> lis
     feeds = {}
     for value in session.get_inputs():
         shape = tuple(size if isinstance(size, int) else 1 for size in value.shape)
-        feeds[value.name] = np.zeros(shape, np.float32)
+        feeds[value.name] = np.zeros(shape, np.uint8 if value.type == "tensor(uint8)" else np.float32)
     for _ in range(runs):
         session.run(None, feeds)
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -111,6 +111,7 @@ class KeypointShift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         mean_px: Mean distance.
         median_px: Median distance: where a network has no opinion a keypoint may jump anywhere, and means follow it.
         p95_px: 95th percentile.
+        p99_px: 99th percentile.
         max_px: Largest distance.
         moved_share: Share of keypoints that moved by more than one pixel.
         logit_gap: Mean difference of raw outputs as a share of the reference's largest magnitude.
@@ -122,6 +123,7 @@ class KeypointShift(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_px: float
     moved_share: float
     logit_gap: float
+    p99_px: float = 0.0
 
 
 def compare(step: str, reference: Arrays, candidate: Arrays, tolerance: Tolerance) -> ParityReport:
@@ -177,6 +179,7 @@ def keypoint_shift(reference: Arrays, candidate: Arrays, decoder: Decoder) -> Ke
         max_px=float(distance.max()),
         moved_share=float(np.mean(distance > 1.0)),
         logit_gap=float(np.mean(gaps)),
+        p99_px=float(np.percentile(distance, 99)),
     )
 
 

@@ -41,9 +41,9 @@ def mirror_order(keypoints: Keypoints) -> NDArray[np.intp]:
     return order
 
 
-def mirror_images(images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The network's input (N, 3, h, w) with columns in reverse order, C-contiguous."""
-    return np.ascontiguousarray(images[..., ::-1])
+def mirror_images(images: NDArray[Any]) -> NDArray[Any]:
+    """The network's input, (N, 3, h, w) float32 or (N, h, w, 3) uint8, with columns in reverse order, C-contiguous."""
+    return np.ascontiguousarray(images[:, :, ::-1] if images.dtype == np.uint8 else images[..., ::-1])
 
 
 def unmirror(outputs: Mapping[str, NDArray[Any]], spec: ModelSpec) -> dict[str, Floats]:

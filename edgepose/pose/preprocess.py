@@ -5,11 +5,13 @@ Invariant: `to_source` inverts `apply_transforms` (affine, in double precision);
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepose.spec import Preprocess
+from edgepose.spec import ModelSpec, Preprocess
 
 
 def crop_transforms(boxes: NDArray[np.floating], preprocess: Preprocess) -> NDArray[np.float64]:
@@ -79,6 +81,11 @@ def normalise(crops: NDArray[np.uint8], preprocess: Preprocess) -> NDArray[np.fl
     tensor: NDArray[np.float32] = np.multiply(planes, scale, dtype=np.float32, order="C")
     tensor -= shift
     return tensor
+
+
+def network_input(crops: NDArray[np.uint8], spec: ModelSpec) -> NDArray[Any]:
+    """What a network is fed: the crops (N, h, w, 3) uint8 BGR themselves, or (N, 3, h, w) float32."""
+    return crops if spec.takes_images else normalise(crops, spec.preprocess)
 
 
 def apply_transforms(keypoints: NDArray[np.floating], transforms: NDArray[np.float64]) -> NDArray[np.float32]:

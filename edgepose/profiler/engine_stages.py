@@ -17,7 +17,7 @@ from edgepose.bundle import check_engine, read_bundle
 from edgepose.estimator import choose_engine
 from edgepose.pose.codec import decode, people_candidates
 from edgepose.pose.one_stage import people_of
-from edgepose.pose.preprocess import crop_transforms, normalise, to_source, warp
+from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
 from edgepose.profiler.harness import Stage
 from edgepose.profiler.messages import Load
 from edgepose.profiler.record import BundleArm, ModelArm
@@ -113,7 +113,7 @@ class FrameCall:
         frame: (H, W, 3) uint8 BGR.
         boxes: (N, 4) float64 xyxy, pixels of the frame.
         transforms: (N, 2, 3) float64, frame → input.
-        images: (N, 3, h, w) float32.
+        images: (N, 3, h, w) float32, or (N, h, w, 3) uint8 where the network takes images.
         outputs: The network's answers by name.
         keypoints: (N, K, 2) float32, pixels of the frame.
         scores: (N, K) float32.
@@ -124,7 +124,7 @@ class FrameCall:
     frame: NDArray[np.uint8]
     boxes: NDArray[np.float64]
     transforms: NDArray[np.float64] | None = None
-    images: NDArray[np.float32] | None = None
+    images: NDArray[Any] | None = None
     outputs: Mapping[str, NDArray[Any]] | None = None
     keypoints: NDArray[np.float32] | None = None
     scores: NDArray[np.float32] | None = None
@@ -133,7 +133,7 @@ class FrameCall:
         preprocess = self.spec.preprocess
         self.transforms = crop_transforms(self.boxes, preprocess)
         crops = warp(self.frame, self.transforms, preprocess.input_hw, preprocess.border)
-        self.images = normalise(crops, preprocess)
+        self.images = network_input(crops, self.spec)
 
     def infer(self) -> None:
         assert self.images is not None

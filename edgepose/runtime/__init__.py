@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, assert_never, get_args
 
 from edgepose.errors import BackendUnavailable, EdgeposeError, MissingDependency, UsageError
 from edgepose.host import physical_cores
-from edgepose.runtime.session import Session, SessionFacts, check_feeds, facts_of
+from edgepose.runtime.session import Session, SessionFacts, check_feeds, facts_of, infer_all
 from edgepose.spec import Backend, Execution, Precision
 from edgepose.telemetry import block_telemetry
 
@@ -28,6 +28,7 @@ __all__ = [
     "check_feeds",
     "extra_of",
     "facts_of",
+    "infer_all",
     "installed_backends",
     "open_session",
 ]

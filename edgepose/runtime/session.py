@@ -78,6 +78,27 @@ def facts_of(session: Session) -> SessionFacts | None:
     return facts if isinstance(facts, SessionFacts) else None
 
 
+def infer_all(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Runs any number of samples through a network, in turns where its batch is fixed; the last turn is filled up.
+
+    Args:
+        session: The network.
+        feeds: One array per input, by name, all with the samples along the first axis.
+    """
+    shape, count = session.inputs[0].shape, len(next(iter(feeds.values())))
+    batch = shape[0] if shape else count
+    if isinstance(batch, str) or batch == count:
+        return session.infer(feeds)
+    found: list[dict[str, Array]] = []
+    for start in range(0, count, batch):
+        parts = {name: value[start : start + batch] for name, value in feeds.items()}
+        lacking = batch - min(len(part) for part in parts.values())
+        if lacking:
+            parts = {n: np.concatenate([p, np.zeros((lacking, *p.shape[1:]), p.dtype)]) for n, p in parts.items()}
+        found.append(session.infer(parts))
+    return {name: np.concatenate([answers[name] for answers in found])[:count] for name in found[0]}
+
+
 def check_feeds(feeds: Mapping[str, Array], inputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     """Checks names, dtypes and shapes, and gives the arrays C-contiguous (copied only where they are not).
 

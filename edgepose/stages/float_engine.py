@@ -14,23 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.errors import ParityError
-from edgepose.export.engine import Reference, engine_differences, engine_from_onnx
+from edgepose.export.engine import engine_differences, engine_from_onnx
 from edgepose.runtime import open_session
 from edgepose.spec import Backend, ModelSpec, Precision
-from edgepose.stages.export import FLOAT_ONNX, RANGES, golden_vectors
+from edgepose.stages.export import FLOAT_ONNX, RANGES, finished_onnx, golden_vectors, reference_of
 
 
 def build_float_engine(
-    exported: Path, spec: ModelSpec, backend: Backend, precision: Precision, folder: Path
+    exported: Path, spec: ModelSpec, backend: Backend, precision: Precision, folder: Path, *, batch: int = 0
 ) -> dict[str, Any]:
     """Turn an exported network into one backend's float engine.
 
     Args:
         exported: Folder of the export stage.
-        spec: The network's inputs, outputs and decoder.
+        spec: The network's inputs, outputs and decoder, as it was exported, without ends.
         backend: Who is to execute it.
         precision: "fp32" or "bf16".
         folder: Where the engine's files go.
+        batch: Fixed batch of the engine; 0 leaves it free.
 
     Returns:
         The report of `engine_from_onnx`; "differences" and "shift" are from the golden vectors, as bundles promise
@@ -40,20 +41,21 @@ def build_float_engine(
         ParityError: The FP32 engine strays from the network: a fault, not a matter of precision.
     """
     model = exported / FLOAT_ONNX
-    images, answers = golden_vectors(exported)
     quantised = (exported / RANGES).exists()
-    own = Reference(spec, images, _answers(model, spec, images) if quantised else answers)
+    answers = _answers(model, spec, golden_vectors(exported)[0]) if quantised else None
+    own = reference_of(exported, spec, answers)
+    model = finished_onnx(model, exported, spec, batch, folder)
     try:
         report = engine_from_onnx(model, "float", backend, own, folder, precision=precision)
     except ParityError as err:
         if precision == "fp32":
             raise
         return {"backend": backend, "precision": precision, "refused": str(err)}
+    if batch:
+        report["batch"] = batch
     if not quantised:
         return report
-    shift, differences = engine_differences(
-        folder / report["main"], backend, precision, Reference(spec, images, answers)
-    )
+    shift, differences = engine_differences(folder / report["main"], backend, precision, reference_of(exported, spec))
     from_floats = {"shift": report["shift"], "differences": report["differences"]}
     return {**report, "shift": msgspec.to_builtins(shift), "differences": differences, "from_floats": from_floats}
 

@@ -4,6 +4,9 @@ Invariant: all forms see the same crops of the same people. A form that is meant
 further from it than `GAP_POINTS` is an error that names the first layer that differs, never a figure in a report.
 Surely: the whole 95 % interval of the difference, paired over people. Two runtimes round some codes differently, and on
 few people such noise alone moves a figure by more than that.
+
+Float forms are held to more: 99 of 100 keypoints stay within `MAX_SHIFT_PX` of torch's. And no form may answer with
+what is not a number, or the same to everybody.
 """
 
 from __future__ import annotations
@@ -22,18 +25,19 @@ from edgepose.compress.hooks import hooks_of
 from edgepose.compress.ranges import read_ranges
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import ParityError
+from edgepose.export.ends import spec_with_ends
 from edgepose.export.first_difference import Place, Probe, Values, first_difference, float_places, quantised_places
 from edgepose.export.ort import values_ort
 from edgepose.pose import metrics
 from edgepose.pose.codec import decode
-from edgepose.pose.preprocess import normalise, to_source
+from edgepose.pose.preprocess import network_input, to_source
 from edgepose.profiler.stats import paired_bootstrap
-from edgepose.runtime import open_session
+from edgepose.runtime import infer_all, open_session
 from edgepose.runtime.ort import OrtSession
 from edgepose.runtime.session import Session
 from edgepose.spec import Backend, ModelSpec, Precision
 from edgepose.stages.cache import StageResult
-from edgepose.stages.export import FLOAT_ONNX, MODEL, RANGES
+from edgepose.stages.export import FLOAT_ONNX, MODEL, RANGES, ends_of
 from edgepose.stages.networks import load_network
 from edgepose.stages.source import Source
 from edgepose.training.predict import Crops, cut_crops
@@ -41,6 +45,9 @@ from edgepose.training.session import TorchSession
 
 GAP_POINTS = 0.3
 """Most points of the first of `_JUDGED` that dev has a figure of, either way."""
+
+MAX_SHIFT_PX: dict[Precision, float] = {"fp32": 0.1, "fp16": 0.5}
+"""Most pixels of the input that the 99th percentile of keypoints may be from torch's."""
 
 _JUDGED = ("pck_torso_0.2", "pck_extent_0.1")
 _BATCH = 32
@@ -59,6 +66,7 @@ class Form:
         precision: Its precision.
         same: Whether it is meant to compute what the checkpoint does: not where weights were narrowed to seven bits
             or quantisers taken out.
+        batch: Its fixed batch; 0 where it is free.
     """
 
     name: str
@@ -66,6 +74,7 @@ class Form:
     backend: Backend
     precision: Precision
     same: bool
+    batch: int = 0
 
 
 def form_of(name: str, engine: StageResult) -> Form:
@@ -73,7 +82,8 @@ def form_of(name: str, engine: StageResult) -> Form:
     report = engine.report
     # A float engine of a quantised network says how far it is from the floats it holds (`stages.float_engine`).
     another = report.get("weight_bits") == 7 or "from_floats" in report
-    return Form(name, engine.path / report["main"], report["backend"], report["precision"], same=not another)
+    path, batch = engine.path / report["main"], report.get("batch", 0)
+    return Form(name, path, report["backend"], report["precision"], same=not another, batch=batch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +92,7 @@ class _Network:
 
     module: nn.Module
     spec: ModelSpec
+    ended: ModelSpec
     exported: Path
     crops: Crops
 
@@ -90,9 +101,22 @@ class _Network:
         quantised = self.exported / MODEL
         return quantised if quantised.exists() else self.exported / FLOAT_ONNX
 
-    def feeds(self, stop: int | None = None) -> NDArray[np.float32]:
-        """(N, 3, h, w) float32, normalised."""
-        return normalise(self.crops.pixels[:stop], self.spec.preprocess)
+    def feeds(self, spec: ModelSpec, people: slice) -> dict[str, NDArray[Any]]:
+        """What a form of that specification, with ends or without, is fed."""
+        return {spec.inputs[0].name: network_input(self.crops.pixels[people], spec)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Said:
+    """What a form says of everybody.
+
+    Attributes:
+        keypoints: (P, K, 2) float32, pixels of the input crop.
+        fault: What is wrong with its outputs, whatever they mean; empty where nothing is.
+    """
+
+    keypoints: NDArray[np.float32]
+    fault: str
 
 
 def side_by_side(source: Source, dev: PoseDataset, exported: Path, engines: Sequence[Form]) -> dict[str, Any]:
@@ -112,14 +136,19 @@ def side_by_side(source: Source, dev: PoseDataset, exported: Path, engines: Sequ
     """
     module, checkpoint = load_network(source)
     spec = checkpoint.card.spec
-    network = _Network(module, spec, exported, cut_crops(dev, spec))
-    predicted = {TORCH: _predictions(TorchSession(module, spec), network)}
+    network = _Network(module, spec, spec_with_ends(spec, ends_of(exported)), exported, cut_crops(dev, spec))
+    said = {TORCH: _answers(TorchSession(module, spec), network, spec)}
     written = OrtSession(network.onnx, threads=1, optimise=False)
-    predicted[EXPORTED] = _predictions(written, network)
+    said[EXPORTED] = _answers(written, network, spec)
     for form in engines:
         session = open_session(form.path, form.backend, threads=1, precision=form.precision)
-        predicted[form.name] = _predictions(session, network)
-    joints = {name: _measured(keypoints, dev) for name, keypoints in predicted.items()}
+        said[form.name] = _answers(session, network, network.ended)
+    shifts = {name: _shift(said[TORCH], form) for name, form in said.items() if name != TORCH}
+    _check_outputs(EXPORTED, said, shifts, (network, None))
+    for form in engines:
+        _check_outputs(form.name, said, shifts, (network, form))
+    transforms = network.crops.transforms
+    joints = {name: _measured(to_source(form.keypoints, transforms), dev) for name, form in said.items()}
     figures = {
         name: {m: metrics.pooled(m, found) for m in metrics.available(dev.keypoints)} for name, found in joints.items()
     }
@@ -136,20 +165,64 @@ def side_by_side(source: Source, dev: PoseDataset, exported: Path, engines: Sequ
         "people": len(dev.persons),
         "figures": figures,
         "gaps": gaps,
+        "shifts": shifts,
         "judged": {"metric": metric, "limit_points": GAP_POINTS, "ci95": bounds},
     }
 
 
-def _predictions(session: Session, network: _Network) -> NDArray[np.float32]:
-    """(P, K, 2) float32, pixels of the source image; the session is closed."""
-    spec, pixels, found = network.spec, network.crops.pixels, []
+def _answers(session: Session, network: _Network, spec: ModelSpec) -> _Said:
+    """What a form of that specification says of everybody; the session is closed."""
+    found, constant, fault = [], dict[str, NDArray[Any]](), ""
+    people = len(network.crops.pixels)
     try:
-        for start in range(0, len(pixels), _BATCH):
-            images = normalise(pixels[start : start + _BATCH], spec.preprocess)
-            found.append(decode(session.infer({spec.inputs[0].name: images}), spec.decoder)[0])
+        for start in range(0, people, _BATCH):
+            outputs = infer_all(session, network.feeds(spec, slice(start, start + _BATCH)))
+            found.append(decode(outputs, spec.decoder)[0])
+            broken = next((name for name, value in outputs.items() if not np.isfinite(value).all()), "")
+            fault = fault or (broken and f"values of output {broken!r} that are NaN or infinite")
+            if start == 0:
+                constant = {name: value[:1] for name, value in outputs.items()}
+            constant = {name: one for name, one in constant.items() if (outputs[name] == one).all()}
     finally:
         session.close()
-    return to_source(np.concatenate(found), network.crops.transforms)
+    if constant and people > 1 and not fault:
+        fault = f"output {next(iter(constant))!r}, which is the same for all {people} people"
+    return _Said(np.concatenate(found), fault)
+
+
+def _shift(torch: _Said, form: _Said) -> dict[str, float]:
+    """How far a form's keypoints are from torch's, in pixels of the input."""
+    distance = np.linalg.norm(form.keypoints.astype(np.float64) - torch.keypoints, axis=-1)
+    return {"median_px": float(np.median(distance)), "p99_px": float(np.percentile(distance, 99))}
+
+
+def _check_outputs(
+    name: str,
+    said: Mapping[str, _Said],
+    shifts: Mapping[str, Mapping[str, float]],
+    compared: tuple[_Network, Form | None],
+) -> None:
+    """Refuse a form that answers nonsense, or a float one whose keypoints are elsewhere.
+
+    Raises:
+        ParityError: Names the first layer that differs.
+    """
+    network, form = compared
+    quantised = (network.exported / RANGES).exists()
+    precision: Precision = ("int8" if quantised else "fp32") if form is None else form.precision
+    limit, shift = MAX_SHIFT_PX.get(precision, np.inf), shifts[name]["p99_px"]
+    if said[name].fault and not said[TORCH].fault:
+        found, expected = said[name].fault, "numbers that differ from person to person"
+    elif (form is None or form.same) and not shift <= limit:
+        found, expected = f"keypoints {shift:.3g} px from torch's (99th percentile)", f"at most {limit:g} px"
+    else:
+        return
+    raise ParityError(
+        f"parity on dev, {len(network.crops.pixels)} crops: {name}",
+        found=f"{found}; the first layer that differs is {_first_layer(network, form)}",
+        expected=expected,
+        fix="look into that layer, or protect it",
+    )
 
 
 def _measured(predicted: NDArray[np.float32], dev: PoseDataset) -> metrics.JointErrors:
@@ -196,7 +269,8 @@ def _check(
 
 def _first_layer(network: _Network, form: Form | None) -> str:
     """What `first_difference` finds between torch and the exported file, or between that file and an engine."""
-    feeds = {network.spec.inputs[0].name: network.feeds(_PROBED)}
+    probed = slice(form.batch if form is not None and form.batch else _PROBED)
+    feeds = network.feeds(network.spec, probed)
     ranges = network.exported / RANGES
     places: Sequence[Place]
     if ranges.exists():
@@ -214,7 +288,7 @@ def _first_layer(network: _Network, form: Form | None) -> str:
     if form is None:
         found = first_difference(places, _torch_probe(network, places), written)
     else:
-        found = first_difference(places, written, _engine_probe(form, feeds))
+        found = first_difference(places, written, _engine_probe(form, network.feeds(network.ended, probed)))
     return "behind all that could be compared" if found is None else found.text
 
 
@@ -234,7 +308,7 @@ def _torch_probe(network: _Network, places: Sequence[Place]) -> Probe:
         for key, name in values.items()
     ]
     try:
-        TorchSession(network.module, network.spec).infer({network.spec.inputs[0].name: network.feeds(_PROBED)})
+        TorchSession(network.module, network.spec).infer(network.feeds(network.spec, slice(_PROBED)))
     finally:
         for handle in handles:
             handle.remove()

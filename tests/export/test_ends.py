@@ -169,11 +169,11 @@ def test_images_in_the_graph_equal_numpy(tmp_path: Path, color: Any, backend: Ba
     session = open_session(path, backend, threads=1)
     assert session.inputs == spec_with_ends(spec, Export(image_input=True)).inputs
     for count in (5, 1):
-        found = session.infer({"image": crops[:count]})
+        found = session.infer({"pixels": crops[:count]})
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value[:count], rtol=1e-4, atol=1e-4)
     with pytest.raises(SpecError, match="found dtype float32, expected uint8"):
-        session.infer({"image": crops.astype(np.float32)})
+        session.infer({"pixels": crops.astype(np.float32)})
     session.close()
 
 

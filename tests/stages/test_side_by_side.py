@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +17,21 @@ from edgepose.blocks.card import Card, Lineage
 from edgepose.blocks.checkpoint import save_checkpoint
 from edgepose.data.coco import PoseDataset
 from edgepose.errors import ParityError
+from edgepose.export.ends import spec_with_ends
 from edgepose.export.openvino import openvino_from_onnx
 from edgepose.pose import metrics
+from edgepose.pose.codec import decode
+from edgepose.pose.preprocess import network_input
+from edgepose.recipe import Export
+from edgepose.runtime import open_session
 from edgepose.stages.cache import StageResult
 from edgepose.stages.compress import NETWORK, StageData, quantise
-from edgepose.stages.export import FLOAT_ONNX, MODEL, export
+from edgepose.stages.export import ENDED, FLOAT_ONNX, MODEL, ends_of, export
 from edgepose.stages.settings import QuantiseStage
 from edgepose.stages.side_by_side import GAP_POINTS, Form, _bounds, form_of, side_by_side
 from edgepose.stages.source import Source
 from edgepose.training.loop import RunOptions, fit
+from edgepose.training.predict import cut_crops
 from tests.training.dots import CONFIG, KEYPOINTS, SPEC, dots, network
 from tests.training.dots import NETWORK as SMALL
 
@@ -59,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def engines(onnx_file: Path, folder: Path) -> list[Form]:
     xml, _ = openvino_from_onnx(onnx_file, folder)
-    precision = "int8" if onnx_file.name == MODEL else "fp32"
+    precision = "int8" if "QuantizeLinear" in {n.op_type for n in onnx.load(onnx_file).graph.node} else "fp32"
     return [
         Form("engines/cpu/onnxruntime", onnx_file, "onnxruntime", precision, same=True),  # type: ignore[arg-type]
         Form("engines/cpu/openvino", xml, "openvino", precision, same=True),  # type: ignore[arg-type]
@@ -106,6 +114,55 @@ def test_an_engine_that_is_another_network_is_refused_with_the_layer_at_fault(
     assert caught.value.exit_code == 5
     assert f"accuracy on dev: engines/cpu/{backend}: found pck_torso_0.2" in text
     assert f"the first layer that differs is {layer} (" in text
+
+
+def changed(onnx_file: Path, layer: str, change: Callable[[np.ndarray], np.ndarray], out: Path) -> Form:
+    """A float engine in which one layer's weights are others."""
+    model = onnx.load(onnx_file)
+    (weight,) = [value for value in model.graph.initializer if value.name == f"{layer}.weight"]
+    weight.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(weight)), weight.name))
+    onnx.save(model, out)
+    return Form("engine", out, "onnxruntime", "fp32", same=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "change", "found"),
+    [
+        ("backbone.stem.2.0", lambda w: w * np.float32(np.nan), "values of output 'simcc_x' that are NaN or infinite"),
+        ("block.head.maps", lambda w: w * np.float32(0), "output 'simcc_x', which is the same for all 16 people"),
+        ("backbone.stem.2.0", lambda w: w + np.float32(0.02), "keypoints 0.* px from torch's (99th percentile)"),
+    ],
+)
+def test_a_float_engine_that_answers_nonsense_or_elsewhere_is_refused(
+    layer: str, change: Callable[[np.ndarray], np.ndarray], found: str, made: Made, tmp_path: Path
+) -> None:
+    form = changed(made.float_export / FLOAT_ONNX, layer, change, tmp_path / "f.onnx")
+    with pytest.raises(ParityError) as caught:
+        side_by_side(made.float, made.dev, made.float_export, [form])
+    text = str(caught.value)
+    assert text.startswith("parity on dev, 16 crops: engine: found ")
+    assert re.search(re.escape(found).replace(r"0\.\*", r"[\d.]+"), text)
+    assert f"the first layer that differs is {layer} (" in text
+
+
+@pytest.mark.parametrize("kind", ["float", "quantised"])
+def test_ends_in_the_graph_change_no_keypoint(kind: str, made: Made, tmp_path: Path) -> None:
+    """Engine by engine: the network with its ends in the graph against the same with NumPy before and behind it."""
+    source = made.float if kind == "float" else made.quantised
+    export(source, 18, tmp_path, Export(image_input=True, decoding=True))
+    plain = tmp_path / (FLOAT_ONNX if kind == "float" else MODEL)
+    ended, crops = spec_with_ends(SPEC, ends_of(tmp_path)), cut_crops(made.dev, SPEC)
+    for backend in ("onnxruntime", "openvino"):
+        keypoints = []
+        for file, spec in ((plain, SPEC), (tmp_path / ENDED, ended)):
+            session = open_session(file, backend, threads=1)
+            outputs = session.infer({spec.inputs[0].name: network_input(crops.pixels, spec)})
+            keypoints.append(decode(outputs, spec.decoder)[0])
+            session.close()
+        assert np.linalg.norm(keypoints[0] - keypoints[1], axis=-1).max() <= 0.05
+    if kind == "float":
+        report = side_by_side(source, made.dev, tmp_path, engines(tmp_path / ENDED, tmp_path))
+        assert report["shifts"]["engines/cpu/openvino"]["p99_px"] <= 0.05
 
 
 def test_a_float_engine_at_fault_is_named_too(made: Made, tmp_path: Path) -> None:
