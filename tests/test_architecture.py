@@ -18,8 +18,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "edgepose"
 
 BUILD_HALF = (
-    "blocks", "cli", "compiler", "compress", "export", "importer", "rebuild", "recipe", "schemas", "stages", "training",
-    "__main__",
+    "blocks", "cli", "compiler", "compress", "export", "importer", "pytest_plugin", "rebuild", "recipe", "schemas",
+    "stages", "training", "__main__",
 )  # fmt: skip
 """Parts of edgepose that may load anything; all other modules belong to the run half, except data beyond data.coco."""
 
