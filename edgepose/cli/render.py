@@ -16,7 +16,6 @@ from edgepose.errors import UsageError
 EXAMPLES = (
     "edgepose render --out rendered",
     "edgepose render --out rendered --people 20000 --held-out 500 --seed 3",
-    "edgepose train --model orn-s --data lspet --rendered rendered --settings orn.yaml --out runs/orn-s",
 )
 
 HELD_OUT = "held_out"

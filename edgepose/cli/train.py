@@ -29,7 +29,7 @@ from edgepose.training.config import TrainConfig
 EXAMPLES = (
     "edgepose train --model kpe-s --data lspet --out runs/kpe-s",
     "edgepose train --model kpe-t --data lspet --out runs/kpe-t --epochs 20 --learning-rate 1e-3 --seed 1",
-    "edgepose train --model kpe-t --data lspet --out runs/long --settings long.yaml --rendered rendered",
+    "edgepose train --model orn-s --data lspet --out runs/long --settings long.yaml --rendered rendered",
     "edgepose train --from kpe-s --data horses --images 100 --out runs/horses --epochs 40 --freeze-epochs 5",
     "edgepose train --from runs/kpe-s --data lspet --out runs/kpe-s-192 --input-size 192 --epochs 10",
     "edgepose train --model kpe-s --data lspet --out runs/taught --distill-from runs/teacher.safetensors",
