@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.bundle import check_engine, read_bundle
+from edgepose.errors import IntegrityError
 from edgepose.estimator import choose_engine
 from edgepose.pose.codec import decode, people_candidates
 from edgepose.pose.one_stage import people_of
@@ -59,6 +60,13 @@ def open_engine(arm: BundleArm | ModelArm, request: Load) -> EngineStages:
         )
         return EngineStages(infer_stages(session, request), arm.backend, session, _batch_of(session, request))
     bundle = read_bundle(arm.path)
+    if arm.digest not in ("", bundle.digest):
+        raise IntegrityError(
+            f"bundle {arm.path}",
+            found=f"digest {bundle.digest[:12]}…",
+            expected=f"{arm.digest[:12]}…, which it had when the measurement began",
+            fix="measure again, and do not replace bundles meanwhile",
+        )
     engine = choose_engine(bundle, arm.backend, arm.precision)
     file = check_engine(bundle, engine)
     session = open_session(

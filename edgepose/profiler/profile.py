@@ -50,7 +50,7 @@ def profile(
     protocol = protocol or ProfileProtocol()
     bundle = read_bundle(bundle_path)
     engine = choose_engine(bundle, backend, precision)
-    arm = BundleArm(bundle.manifest.name, str(bundle.root), engine.backend, engine.precision, "frame")
+    arm = BundleArm(bundle.manifest.name, str(bundle.root), engine.backend, engine.precision, "frame", bundle.digest)
     threads = protocol.threads or engine.threads or host.physical_cores()
     load_before = load_average()
     with running_worker(arm.label, threads=threads, timeout_s=protocol.timeout_s) as worker:

@@ -36,6 +36,7 @@ class BundleArm(msgspec.Struct, frozen=True, tag="bundle", forbid_unknown_fields
         backend: Backend whose engine is taken; None takes the first that can be executed here.
         precision: Precision of the engine; None takes the first.
         timed: The engine alone ("infer"), or a whole frame: crop, infer, decode ("frame").
+        digest: The bundle's digest, which the worker checks, so that samples of one path are of one bundle; "" for any.
     """
 
     label: str
@@ -43,6 +44,7 @@ class BundleArm(msgspec.Struct, frozen=True, tag="bundle", forbid_unknown_fields
     backend: Backend | None = None
     precision: Precision | None = None
     timed: Literal["infer", "frame"] = "infer"
+    digest: str = ""
 
 
 class ModelArm(msgspec.Struct, frozen=True, tag="model", forbid_unknown_fields=True):
@@ -280,7 +282,8 @@ def merged(first: LatencyComparison, second: LatencyComparison) -> LatencyCompar
         BadInput: They differ in arms, protocol (the number of pairs aside) or host, and must not be mixed.
     """
     reference = msgspec.structs.replace(second.protocol, pairs=first.protocol.pairs)
-    if (first.a, first.b, first.protocol, first.host.digest) != (second.a, second.b, reference, second.host.digest):
+    alike = (first.a, first.b, first.protocol) == (second.a, second.b, reference)
+    if not alike or _speed(first.host) != _speed(second.host):
         raise BadInput(
             "latency comparison",
             found="samples of different arms, protocols or hosts",
@@ -288,6 +291,11 @@ def merged(first: LatencyComparison, second: LatencyComparison) -> LatencyCompar
             fix="measure again on one host",
         )
     return comparison_of((first.a, first.b), first.protocol, first.pairs + second.pairs, first.host)
+
+
+def _speed(host: Fingerprint) -> tuple[str, int, str]:
+    """What decides how fast a host is: unlike engines, timings do not survive other cores or another governor."""
+    return host.digest, host.physical_cores, host.governor
 
 
 def call_times_ms(trace: ArmTrace, protocol: LatencyProtocol) -> NDArray[np.float64]:

@@ -150,7 +150,7 @@ def _measurer(
     bundles: list[Bundle], names: list[str], rule: LatencyRule, options: GateOptions, report: Progress
 ) -> Measure:
     base, cand = (
-        BundleArm(name, str(bundle.root), options.backend, options.precision, rule.timed)
+        BundleArm(name, str(bundle.root), options.backend, options.precision, rule.timed, bundle.digest)
         for name, bundle in zip(names, bundles, strict=True)
     )
     protocol = protocol_of(rule, threads=options.threads, batch=options.batch, seed=options.seed)

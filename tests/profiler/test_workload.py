@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepose.errors import UsageError
+from edgepose.errors import IntegrityError, UsageError
 from edgepose.estimator import PoseEstimator
 from edgepose.profiler.engine_stages import FrameCall, open_engine, synthetic_feeds, synthetic_frame
 from edgepose.profiler.messages import Load
@@ -60,6 +60,15 @@ def test_the_stages_together_are_what_the_estimator_does() -> None:
     expected = PoseEstimator(FakeSession(spot_spec()), spot_spec())(frame, boxes)
     np.testing.assert_array_equal(call.keypoints, expected.keypoints)
     np.testing.assert_array_equal(call.scores, expected.scores)
+
+
+def test_a_bundle_that_was_replaced_meanwhile_is_not_measured(tmp_path: Path) -> None:
+    bundle = spot_bundle(tmp_path)
+    same = BundleArm("x", str(bundle.root), "onnxruntime", digest=bundle.digest)
+    open_engine(same, load(same)).session.close()
+    arm = BundleArm("x", str(bundle.root), "onnxruntime", digest="0" * 64)
+    with pytest.raises(IntegrityError, match="when the measurement began"):
+        open_engine(arm, load(arm))
 
 
 @pytest.mark.parametrize(("timed", "stages"), [("infer", ["infer"]), ("frame", ["crop", "infer", "decode"])])
