@@ -33,7 +33,7 @@ def test_build_without_a_target(cli: Cli, bundle: Path, tmp_path: Path) -> None:
 
 
 def test_build_for_tensorrt_alone(cli: Cli, bundle: Path, tmp_path: Path) -> None:
-    outcome = cli("build", bundle, "--target", "rtx-desktop", "--out", tmp_path / "new.bundle")
+    outcome = cli("build", bundle, "--target", "jetson-orin-nano", "--out", tmp_path / "new.bundle")
     assert outcome.code == 6
     assert "doctor" in outcome.line
     assert not (tmp_path / "new.bundle").exists()

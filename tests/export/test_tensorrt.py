@@ -402,3 +402,39 @@ def test_stripped_weights_are_put_back_when_the_engine_is_loaded(trt: FakeTensor
 def test_the_same_recipe_builds_on_every_version(trt: FakeTensorrt, tmp_path: Path, version: str) -> None:
     trt.__version__ = version
     assert engine(trt, tmp_path)["tensorrt"]["builder"] == f"tensorrt {version}"
+
+
+# Bundles
+
+
+def test_edgepose_build_makes_a_bundle_whose_engine_answers_as_recorded(
+    trt: FakeTensorrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgepose.bundle import BundleDraft, GoldenDraft, check_engine, verify_bundle, write_bundle
+    from edgepose.golden import check_golden
+    from edgepose.pose.codec import decode
+    from edgepose.rebuild import build_bundle
+    from tests.tiny_checkpoint import Watch
+
+    for module in ("edgepose.export.tensorrt", "edgepose.runtime.tensorrt"):
+        monkeypatch.setattr(f"{module}.open_cuda", lambda _choice: trt.cudart.cuda())
+    outputs = dict(REFERENCE.outputs)
+    golden = GoldenDraft(IMAGES, outputs, decode(outputs, SPEC.decoder)[0])
+    draft = BundleDraft("fake", SPEC, network(tmp_path / "net.onnx"), (), {}, {}, golden)
+    source = write_bundle(tmp_path / "source.bundle", draft)
+    (tmp_path / "orin.yaml").write_text(
+        "name: orin\ndescription: A board.\nbackends: [tensorrt, onnxruntime]\nprecisions: [fp32, fp16]\n"
+        'compute_capability: "8.7"\nmax_batch: 8\n'
+    )
+    watch = Watch()
+    bundle = build_bundle(source.root, (str(tmp_path / "orin.yaml"),), tmp_path / "new.bundle", watch).bundle
+    verify_bundle(bundle.root)
+    assert watch.ran == ["engine-tensorrt", "engine-onnxruntime"]
+    engine, other = bundle.manifest.engines
+    assert (engine.backend, engine.precision, other.precision) == ("tensorrt", "fp16", "fp32")
+    session = open_engine(check_engine(bundle, engine), "tensorrt")
+    assert check_golden(bundle, engine, session) is not None
+    session.close()
+    again = build_bundle(source.root, (str(tmp_path / "orin.yaml"),), tmp_path / "new.bundle", watch)
+    assert again.reused
+    assert len(trt.built) == 1  # type: ignore[attr-defined]
