@@ -27,6 +27,7 @@ from edgepose.storage import atomic_write
 Scale = Literal["log-ratio", "points"]
 
 _ENDING = ".jsonl"
+_STRUCTURE = ("network_nodes", "engine_nodes")  # no costs: quantising trebles them, and is none the worse for it
 
 
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,7 +129,7 @@ def accept(store: str | os.PathLike[str], verdict: Verdict, acceptance: Acceptan
 
 
 def points_of(verdict: Verdict, conditions: Conditions, acceptance: Acceptance) -> list[Point]:
-    """One point per metric of a verdict; facts without a reference to compare with are left out."""
+    """One point per metric of a verdict; facts that are no costs, or have no reference, are left out."""
 
     def point(metric: str, spread: tuple[float, float, float], scale: Scale, values: tuple[float, float]) -> Point:
         worse, low, high = spread
@@ -159,7 +160,7 @@ def points_of(verdict: Verdict, conditions: Conditions, acceptance: Acceptance) 
         found.append(point(name, loss, "points", (outcome.candidate, outcome.baseline)))
     for fact in verdict.facts:
         kind = FACTS.get(fact.name)
-        if kind is None or fact.baseline is None or fact.candidate is None:
+        if kind is None or fact.name in _STRUCTURE or fact.baseline is None or fact.candidate is None:
             continue
         scale = _scale_of(kind.unit)
         if scale == "log-ratio" and (fact.baseline <= 0 or fact.candidate <= 0):

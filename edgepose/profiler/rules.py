@@ -98,6 +98,7 @@ class TrendRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         creep_above: CREEP when it is surely worse than the reference by more than this share,
+        creep_above_memory: or this share, for memory, which varies with the allocator,
         creep_above_points: or points, for accuracy and shares.
         alpha: The bound behind "surely" is wrong with at most this probability.
         least_step: Steps of the level smaller than this share are not looked for,
@@ -108,6 +109,7 @@ class TrendRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     creep_above: Share = 0.02
+    creep_above_memory: Share = 0.15
     creep_above_points: Points = 0.5
     alpha: Alpha = 0.005
     least_step: Annotated[float, msgspec.Meta(gt=0)] = 0.002

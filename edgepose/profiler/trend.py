@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgepose.errors import AccuracyRegression, BadInput, LatencyRegression, MissingDependency
 from edgepose.profiler import stats
 from edgepose.profiler.baselines import Key, Point, Scale, comparable
+from edgepose.profiler.facts import FACTS
 from edgepose.profiler.rules import TrendRule
 
 Tendency = Literal["steady", "watch", "creep"]
@@ -93,9 +94,9 @@ def trend_of(key: Key, points: Sequence[Point], rule: TrendRule) -> Trend:
     """
     _require_comparable(key, points)
     window = list(points)[-rule.window :]
-    scale = window[-1].scale
+    scale, fact = window[-1].scale, FACTS.get(key.metric)
     values = np.array([point.worse for point in window])
-    allowed, least = _limits(scale, rule)
+    allowed, least = _limits(scale, rule, memory=fact is not None and fact.measured)
     noise = max(_noise(values), least / 3)  # what is exact would otherwise change with every byte
     steps, first = None, len(window) - 1
     if len(window) >= rule.least_points:
@@ -128,8 +129,7 @@ def trend_of(key: Key, points: Sequence[Point], rule: TrendRule) -> Trend:
 
 def spelt_worse(level: float, scale: Scale) -> str:
     """A level for people: "2.1 % worse", "0.40 points better"."""
-    amount = 100 * (math.exp(abs(level)) - 1) if scale == "log-ratio" else abs(level)
-    figure = f"{amount:.1f} %" if scale == "log-ratio" else f"{amount:.2f} points"
+    figure = f"{100 * abs(math.expm1(level)):.1f} %" if scale == "log-ratio" else f"{abs(level):.2f} points"
     return f"{figure} {'better' if level < 0 else 'worse'}"
 
 
@@ -147,11 +147,11 @@ def _require_comparable(key: Key, points: Sequence[Point]) -> None:
             )
 
 
-def _limits(scale: Scale, rule: TrendRule) -> tuple[float, float]:
+def _limits(scale: Scale, rule: TrendRule, *, memory: bool) -> tuple[float, float]:
     """How far a series may creep, and the least step worth finding, on its scale."""
     if scale == "points":
         return rule.creep_above_points, rule.least_step_points
-    return math.log1p(rule.creep_above), math.log1p(rule.least_step)
+    return math.log1p(rule.creep_above_memory if memory else rule.creep_above), math.log1p(rule.least_step)
 
 
 def _noise(values: NDArray[np.float64]) -> float:

@@ -64,8 +64,13 @@ def test_worse_is_positive_whichever_way_a_metric_runs() -> None:
     assert (points["executed_int8_share"].worse, points["executed_int8_share"].scale) == (pytest.approx(4), "points")
 
 
-def test_facts_without_a_reference_are_no_points() -> None:
-    facts = (FactPair("macs", "MACs", None, 1e6), FactPair("engine_nodes", "count", 0.0, 4.0))
+def test_facts_without_a_reference_and_counts_of_nodes_are_no_points() -> None:
+    facts = (
+        FactPair("macs", "MACs", None, 1e6),
+        FactPair("parameters", "count", 0.0, 4.0),
+        FactPair("engine_nodes", "count", 100.0, 300.0),
+        FactPair("nodes.Conv", "count", 1.0, 2.0),
+    )
     assert {p.metric for p in points_of(msgspec.structs.replace(GOOD, facts=facts), CONDITIONS, acceptance())} == {
         "latency",
         "accuracy pck_torso_0.2",

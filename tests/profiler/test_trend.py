@@ -146,4 +146,11 @@ def test_without_ruptures_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_levels_are_spelt_as_people_say_them() -> None:
     assert spelt_worse(0.0198, "log-ratio") == "2.0 % worse"
+    assert spelt_worse(float(np.log(0.25)), "log-ratio") == "75.0 % better"
     assert spelt_worse(-0.4, "points") == "0.40 points better"
+
+
+@pytest.mark.parametrize(("metric", "tendency"), [("peak_memory_bytes", "steady"), ("engine_bytes", "creep")])
+def test_memory_may_vary_where_files_may_not(metric: str, tendency: str) -> None:
+    points = [point(index, 0.05, metric=metric) for index in range(8)]
+    assert trend_of(Key("main", "box", metric), points, RULE).tendency == tendency
