@@ -27,6 +27,8 @@ _BUILDERS: dict[Backend, str] = {
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx-cu13",
 }
+_OF_BUILD = ("onnx", "onnx_ir", "google")
+"""Packages that the extra `build` brings, and with it no torch."""
 
 Work = Callable[[Path], dict[str, Any]]
 
@@ -156,7 +158,8 @@ def observed(key: StageKey, work: Work, observer: StageObserver, *, within: Path
     try:
         result = run_stage(key, work, within=within)
     except ModuleNotFoundError as err:
-        raise MissingDependency(err.name or str(err), extra="compile", needed_for=f"stage {key.stage}") from err
+        extra = "build" if err.name in _OF_BUILD else "compile"
+        raise MissingDependency(err.name or str(err), extra=extra, needed_for=f"stage {key.stage}") from err
     observer.finished(result)
     return result
 
