@@ -9,7 +9,7 @@ where it is taken out again, and what it stood between is written down.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import onnx_ir as ir
@@ -48,6 +48,18 @@ class Mark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     readers: tuple[Reader, ...]
 
 
+class _TracedMark(torch.autograd.Function):
+    """The mark as TorchScript's exporter writes it."""
+
+    @staticmethod
+    def forward(_context: Any, value: Tensor, _key: str) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def symbolic(graph: Any, value: Any, key: str) -> Any:
+        return graph.op(f"{_DOMAIN}::{_OPERATOR}", value, key_s=key).setType(value.type())
+
+
 class _Marking(nn.Module):
     """Stands in for a quantiser during export."""
 
@@ -56,6 +68,9 @@ class _Marking(nn.Module):
         self.key = key
 
     def forward(self, value: Tensor) -> Tensor:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            traced: Tensor = _TracedMark.apply(value, self.key)  # type: ignore[no-untyped-call]
+            return traced
         marked: Tensor = torch.onnx.ops.symbolic(
             f"{_DOMAIN}::{_OPERATOR}", (value,), {"key": self.key}, dtype=value.dtype, shape=value.shape, version=1
         )

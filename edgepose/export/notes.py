@@ -50,6 +50,11 @@ def note_modules(model: ir.Model) -> None:
     model.metadata_props[MODULES_KEY] = msgspec.json.encode(modules).decode()
 
 
+def note_known_modules(model: ir.Model, modules: Mapping[str, str]) -> None:
+    """Writes down which module each node came from, where that is known otherwise."""
+    model.metadata_props[MODULES_KEY] = msgspec.json.encode(dict(modules)).decode()
+
+
 def modules_of(metadata: Mapping[str, str]) -> dict[str, str]:
     """Module names by node, from a model's metadata; empty where a file of another origin has none."""
     return _noted(metadata, MODULES_KEY, dict[str, str], {})

@@ -1,4 +1,4 @@
-"""torch → ONNX.
+"""torch → ONNX: by torch's exporter of today, and by way of TorchScript where that one cannot give the operator set.
 
 Invariant: the written file has the opset, names and shapes it was asked for, passes onnx.checker, and ran at two batch
 sizes in ONNX Runtime with torch's outputs; anything else is an error and no file.
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from edgepose.compress.ranges import Ranges
 from edgepose.errors import OnnxError, ParityError
-from edgepose.export.notes import note_modules
+from edgepose.export.notes import modules_of, note_known_modules, note_modules
 from edgepose.export.parity import ParityReport, Tolerance, compare
 from edgepose.spec import ModelSpec, TensorSpec
 from edgepose.storage import atomic_file
 
 BATCH = "batch"
+_LOWEST_OPSET, _NATIVE_OPSET = 13, 18
 EXPORT_TOLERANCE = Tolerance(relative=1e-4)
 
 
@@ -49,7 +50,7 @@ def onnx_from_torch(
         model: forward(images (N, 3, h, w) float32) → tensor or tuple of tensors in the order of `spec.outputs`.
         spec: Names, shapes and types of input and outputs.
         path: Where the .onnx file goes.
-        opset: ONNX operator set.
+        opset: ONNX operator set, 13 or newer.
         ranges: Also note where these quantisers belong, as `quantised_onnx` needs.
         tolerance: Allowed difference between torch and ONNX Runtime.
 
@@ -61,7 +62,13 @@ def onnx_from_torch(
         ParityError: ONNX Runtime's outputs differ from torch's.
         StorageError: Disk full, read-only or no permission.
     """
+    if opset < _LOWEST_OPSET:
+        raise OnnxError(
+            f"{path}: opset", found=str(opset), expected=f"{_LOWEST_OPSET} or newer", fix="ask for a newer one"
+        )
     exported = _export(model, spec, opset, ranges)
+    if not _is_as_asked(exported, opset):
+        exported = _export_legacy(model, spec, opset, ranges)
     _check_opset(exported, opset, where=str(path))
     with atomic_file(path) as temporary:
         ir.save(exported, temporary)
@@ -91,13 +98,7 @@ def check_onnx(path: Path, spec: ModelSpec, *, where: str) -> None:
 
 
 def _export(model: nn.Module, spec: ModelSpec, opset: int, ranges: Ranges | None) -> ir.Model:
-    if ranges is None:
-        prepared = copy.deepcopy(model).eval()
-    else:
-        from edgepose.export.marks import marked_copy
-
-        prepared = marked_copy(model, ranges).eval()
-    example = torch.zeros(2, *_sizes(spec.inputs[0]))  # two: the exporter takes a batch of one for a constant
+    prepared, example = _prepared(model, ranges), _example(spec)
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -117,13 +118,51 @@ def _export(model: nn.Module, spec: ModelSpec, opset: int, ranges: Ranges | None
     if program is None:
         raise OnnxError(f"exporting {spec.name}", found="nothing", expected="a model")
     exported: ir.Model = program.model
+    _take_marks(exported, ranges)
+    note_modules(exported)
+    _strip_traces(exported)
+    return exported
+
+
+def _export_legacy(model: nn.Module, spec: ModelSpec, opset: int, ranges: Ranges | None) -> ir.Model:
+    from edgepose.export.onnx_legacy import export_legacy
+
+    with _quiet():
+        exported, modules = export_legacy(_prepared(model, ranges), spec, opset, _example(spec))
+    _take_marks(exported, ranges)
+    note_known_modules(exported, modules)
+    _strip_traces(exported)
+    return exported
+
+
+def _prepared(model: nn.Module, ranges: Ranges | None) -> nn.Module:
+    """A copy in eval mode, with marks where there are ranges."""
+    if ranges is None:
+        return copy.deepcopy(model).eval()
+    from edgepose.export.marks import marked_copy
+
+    return marked_copy(model, ranges).eval()
+
+
+def _example(spec: ModelSpec) -> Tensor:
+    return torch.zeros(2, *_sizes(spec.inputs[0]))  # two: the exporter takes a batch of one for a constant
+
+
+def _take_marks(exported: ir.Model, ranges: Ranges | None) -> None:
     if ranges is not None:
         from edgepose.export.marks import take_marks
 
         take_marks(exported, ranges)
-    note_modules(exported)
-    _strip_traces(exported)
-    return exported
+
+
+def _is_as_asked(exported: ir.Model, opset: int) -> bool:
+    """Whether the graph is of that operator set and still knows its modules.
+
+    torch's exporter writes 18 and newer, and has older ones converted: that loses the notes on nodes, and where it
+    fails, torch silently gives 18.
+    """
+    modules = modules_of(exported.metadata_props)
+    return exported.opset_imports.get("") == opset and (not modules or any(modules.values()) or opset >= _NATIVE_OPSET)
 
 
 def _strip_traces(model: ir.Model) -> None:
@@ -137,10 +176,9 @@ def _strip_traces(model: ir.Model) -> None:
 
 
 def _check_opset(model: ir.Model, opset: int, *, where: str) -> None:
-    # torch's exporter silently gives 18 where it cannot give what was asked for.
     found = model.opset_imports.get("")
     if found != opset:
-        raise OnnxError(f"{where}: opset", found=str(found), expected=str(opset), fix="ask for opset 18 or newer")
+        raise OnnxError(f"{where}: opset", found=str(found), expected=str(opset), fix="ask for opset 13 to 21")
 
 
 def _check_outputs(model: nn.Module, spec: ModelSpec, path: Path, tolerance: Tolerance) -> ParityReport:
@@ -165,15 +203,20 @@ def _check_outputs(model: nn.Module, spec: ModelSpec, path: Path, tolerance: Tol
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporter's progress and its warnings about absent packages off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    levels = {
+        logging.getLogger("torch.onnx"): logging.ERROR,
+        logging.getLogger("onnxscript.version_converter"): logging.CRITICAL,  # it prints at length why it fails
+    }
+    before = {logger: logger.level for logger in levels}
+    for logger, level in levels.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def _sizes(value: TensorSpec) -> tuple[int, ...]:
