@@ -70,8 +70,9 @@ def open_session(
         path: The engine's file.
         backend: The runtime to execute it with.
         threads: Threads of one inference; 0 takes all physical cores this process may use. A GPU has none to count.
-        precision: Arithmetic of what the engine does not quantise; ONNX Runtime on the CPU has FP32 only. TensorRT
-            engines have had theirs fixed when they were built.
+        precision: Arithmetic of what the engine does not quantise. In ONNX Runtime it is the one that the file is
+            written in, and the CPU computes FP16 in 32 bits, rounding after each node. TensorRT engines have had theirs
+            fixed when they were built.
         execution: Providers, devices, streams and affinity; what it says of other backends than this one is not read.
         tensorrt: How TensorRT engines are executed: who calls CUDA, graphs, trusted keys.
 
@@ -105,8 +106,8 @@ def _open(
 ) -> Session:
     match backend:
         case "onnxruntime":
-            if precision in ("bf16", "fp16"):
-                raise UsageError("precision", found=f"{precision} with onnxruntime", expected="fp32 or int8")
+            if precision == "bf16":
+                raise UsageError("precision", found=f"{precision} with onnxruntime", expected="fp32, fp16 or int8")
             from edgepose.runtime.ort import OrtSession
 
             return OrtSession(path, threads=threads, precision=precision, execution=execution)
