@@ -438,3 +438,28 @@ def test_edgepose_build_makes_a_bundle_whose_engine_answers_as_recorded(
     again = build_bundle(source.root, (str(tmp_path / "orin.yaml"),), tmp_path / "new.bundle", watch)
     assert again.reused
     assert len(trt.built) == 1  # type: ignore[attr-defined]
+
+
+def test_fake_builder_offers_nothing_that_tensorrt_lacks(trt: FakeTensorrt) -> None:
+    """Else a wrong name could pass here and fail on a device."""
+    from tests.runtime import fake_builder
+    from tests.runtime.test_trt_versions import names_of
+
+    recorded = names_of("tensorrt 10.16.1.11") | names_of("tensorrt-rtx 1.7.1.116")
+    kinds = {
+        "Builder": fake_builder._Builder, "IBuilderConfig": fake_builder._Config,
+        "INetworkDefinition": fake_builder._Network, "OnnxParser": fake_builder._Parser,
+        "IOptimizationProfile": fake_builder._Profile, "Refitter": fake_builder._Refitter,
+        "OnnxParserRefitter": fake_builder._ParserRefitter,
+    }  # fmt: skip
+    own = {  # for tests to look at
+        *("name", "flags_set", "pools", "profiles", "capabilities", "mismatches", "cache"),
+        *("batch", "factors", "inspected", "layers", "shapes", "engine", "model"),
+    }
+    offered = {
+        f"{kind}.{each}" for kind, thing in kinds.items() for each in dir(thing) if each not in own and each[0] != "_"
+    }
+    assert offered - recorded == set()
+    assert len(offered) > 25
+    for enum in ("BuilderFlag", "MemoryPoolType", "ProfilingVerbosity", "DeviceType", "HardwareCompatibilityLevel"):
+        assert {f"{enum}.{member}" for member in getattr(trt, enum).__members__} <= recorded

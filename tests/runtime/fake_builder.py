@@ -264,7 +264,7 @@ class _Refitter:
         if self.model is None:
             return False
         _Parser(self._module, network, None).parse_from_file(self.model)
-        self.engine.refit(network.factors)
+        self.engine._refit(network.factors)
         return True
 
 

@@ -137,7 +137,7 @@ class _Engine:
         text = json.dumps({"Layers": self._content["quirks"].get("layers", []), "Bindings": []})
         return types.SimpleNamespace(get_engine_information=lambda _format: text)
 
-    def refit(self, factors: dict[str, float]) -> None:
+    def _refit(self, factors: dict[str, float]) -> None:
         self._content["outputs"] = factors
 
     def create_execution_context(self, *, runtime_config: Any = None) -> Any:
