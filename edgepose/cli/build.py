@@ -29,8 +29,11 @@ def build(
     replace: Annotated[bool, typer.Option("--replace", help="Replace another bundle at OUT.")] = False,
     sign: Annotated[
         Path | None,
-        typer.Option(metavar="KEY", help="Sign TensorRT engines with this private key (Ed25519, PEM): machines that "
-                     "trust it load them, others load only what they built themselves."),
+        typer.Option(
+            metavar="KEY",
+            help="Sign TensorRT engines with this private key (Ed25519, PEM): machines that "
+            "trust it load them, others load only what they built themselves.",
+        ),
     ] = None,
 ) -> int:
     """Build the engines of a bundle for other targets, as a new bundle; each is checked against the golden vectors.
