@@ -18,7 +18,7 @@ from edgepose.errors import CheckpointError
 from edgepose.storage import atomic_json
 
 VERSION = 1
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
