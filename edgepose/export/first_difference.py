@@ -134,13 +134,16 @@ def _with_sources(places: Sequence[Place], graph: ir.Graph) -> tuple[Place, ...]
     return tuple(found)
 
 
-def first_difference(places: Sequence[Place], reference: Probe, candidate: Probe) -> Difference | None:
+def first_difference(
+    places: Sequence[Place], reference: Probe, candidate: Probe, *, many_codes: float = _MANY_CODES
+) -> Difference | None:
     """Bisect.
 
     Args:
         places: Where to look, in order of execution.
         reference: Asked for all places at once.
         candidate: Asked for one place at a time: an engine fuses what nobody asks for.
+        many_codes: Mean difference from which on a place counts as different.
 
     Returns:
         The first place that differs, all of whose sources agree; None where the last one agrees, so that only what is
@@ -153,10 +156,10 @@ def first_difference(places: Sequence[Place], reference: Probe, candidate: Probe
 
     def differs(number: int) -> bool:
         if number in gaps:
-            return gaps[number] > _MANY_CODES
+            return gaps[number] > many_codes
         place = places[number]
         gaps[number] = _codes_apart(place, expected[place.value], candidate((place.value,))[place.value])
-        return gaps[number] > _MANY_CODES
+        return gaps[number] > many_codes
 
     if not differs(len(places) - 1):
         return None

@@ -17,13 +17,21 @@ from edgepose.export.notes import modules_of
 from edgepose.export.onnx import onnx_from_torch
 from edgepose.export.onnx_legacy import export_legacy
 from edgepose.export.qdq import quantised_onnx
+from edgepose.profiles import load_target, profile_names
 from edgepose.runtime import open_session
 from edgepose.spec import Backend
 from tests.export.networks import SIDE, Exported, images, network, spec_of
 
 BACKENDS: tuple[Backend, ...] = ("onnxruntime", "openvino")
-BATCHES = (1, 8, 64)
-"""Smallest, best and largest batch of the shipped targets' profiles."""
+BATCHES = sorted(
+    {
+        min(batch, target.max_batch)
+        for target in map(load_target, profile_names("targets"))
+        for profile in target.tensorrt.profiles
+        for batch in profile
+    }
+)
+"""Smallest, best and largest batch of every profile of the shipped targets."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
