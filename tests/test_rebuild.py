@@ -168,7 +168,9 @@ def test_a_compile_does_not_take_a_built_bundle_for_its_own(tiny: Tiny, compiled
 
 
 def test_a_target_that_runs_tensorrt_only(spots: Bundle, tmp_path: Path) -> None:
-    error = refused(spots.root, ("jetson-orin-nano",), tmp_path / "n.bundle", BackendUnavailable, "cannot be built here")
+    error = refused(
+        spots.root, ("jetson-orin-nano",), tmp_path / "n.bundle", BackendUnavailable, "cannot be built here"
+    )
     assert error.exit_code == 6
 
 
