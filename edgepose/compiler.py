@@ -181,7 +181,9 @@ def planned_stages(request: CompileRequest) -> tuple[tuple[str, str], ...]:
                 f"{plan.quantise.calibration_images} people" if training is None else f"{training.epochs} epochs",
             )
         )
-    stages.append(("export", f"opset {request.recipe.export.opset}"))
+    asked = request.recipe.export
+    ends = {"images in": asked.image_input, "keypoints out": asked.decoding}
+    stages.append(("export", ", ".join([f"opset {asked.opset}", *(name for name, there in ends.items() if there)])))
     stages += [(stage, f"for {contest.order.target.name}") for contest in build.contests for stage in contest.stages]
     if build.people is not None:
         stages.append(("accuracy", "on dev: in torch, as exported, of each engine"))

@@ -34,6 +34,26 @@ def test_recipe_with_an_unknown_key(cli: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "net.bundle").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "opset 18"),
+        (("--image-input",), "opset 18, images in"),
+        (("--image-input", "--decoding"), "opset 18, images in, keypoints out"),
+    ],
+)
+def test_ends_of_the_graph_are_asked_for_by_flags(cli: Cli, tmp_path: Path, flags: tuple[str, ...], said: str) -> None:
+    outcome = cli("compile", "fp32", "--model", "kpe-t", "--out", tmp_path / "net.bundle", "--dry-run", *flags)
+    (line,) = [line for line in outcome.out.splitlines() if line.strip().startswith("export")]
+    assert line.rstrip().endswith(said)
+
+
+def test_network_of_a_bundle_gets_no_ends(cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    outcome = cli("compile", "ptq-int8", "--model", bundle, "--out", tmp_path / "net.bundle", "--decoding")
+    assert outcome.code == 2
+    assert "leave --image-input and --decoding off" in outcome.line
+
+
 # verify
 
 
