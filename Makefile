@@ -36,7 +36,7 @@ demo: $(VENV)/.installed-all
 	@$(BIN)/edgepose demo $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

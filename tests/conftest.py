@@ -10,8 +10,9 @@ import os
 import signal
 
 # Before anything loads a numerical library: tests run beside other work, and idle OpenMP threads spin.
+_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # one of two processes, or the only one
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(_variable, "2")
+    os.environ.setdefault(_variable, _THREADS)
 
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -77,7 +77,8 @@ def test_merging_two_equal_answers_changes_nothing(points: np.ndarray, decoder: 
     expected = answer(points, decoder)
     found = merge_flipped(expected, mirrored_answer(points, decoder), spec_with(decoder))
     assert np.abs(decode(found, decoder)[0] - decode(expected, decoder)[0]).max() < 0.03
-    assert decode(found, decoder)[1] == pytest.approx(decode(expected, decoder)[1], abs=0.02)
+    # With one and a half bins per pixel a mirrored answer lies between bins, which flattens a peak at the border most.
+    assert decode(found, decoder)[1] == pytest.approx(decode(expected, decoder)[1], abs=0.04)
 
 
 @quick
