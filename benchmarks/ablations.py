@@ -60,7 +60,7 @@ class Ablation:
 
 _replace = msgspec.structs.replace
 _NETWORK = _replace(PRESETS["kpe-t"], input_hw=(96, 96))
-_ADAMW = TrainConfig(epochs=8, batch_size=64, learning_rate=2e-3, sigma_px=2.0, augment=AugmentConfig(cutout=0.0))
+_ADAMW = TrainConfig(epochs=5, batch_size=64, learning_rate=2e-3, sigma_px=2.0, augment=AugmentConfig(cutout=0.0))
 _MUON = _replace(_ADAMW, optimizer="muon", learning_rate=3e-3)
 
 
