@@ -14,16 +14,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgepose.errors import OnnxError, SpecError
 from edgepose.export.decode_graph import Nodes, heatmap_nodes, regression_scores, simcc_nodes
+from edgepose.export.files import read_graph, write_graph
 from edgepose.pose.codec import decode, output_names
 from edgepose.recipe import Export
 from edgepose.spec import Heatmap, ModelSpec, OneStage, Preprocess, Regression, SimCC, TensorSpec
-from edgepose.storage import atomic_file
 
 PIXELS, KEYPOINTS, SCORES = "pixels", "keypoints", "scores"
 _LOWEST_OPSET = 13
@@ -73,7 +72,7 @@ def onnx_with_ends(model: Path, spec: ModelSpec, export: Export, out: Path) -> N
         StorageError: Disk full, read-only or no permission.
     """
     ended = spec_with_ends(spec, export)
-    read = ir.load(model)
+    read = read_graph(model)
     opset = read.opset_imports.get("") or 0
     if opset < _LOWEST_OPSET:
         fix = "export it again with a newer opset"
@@ -82,12 +81,7 @@ def onnx_with_ends(model: Path, spec: ModelSpec, export: Export, out: Path) -> N
         _take_images(read.graph, spec, ended.inputs[0])
     if export.decoding:
         _say_keypoints(read.graph, spec, ended)
-    with atomic_file(out) as temporary:
-        ir.save(read, temporary)
-        try:
-            onnx.checker.check_model(str(temporary), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
-            raise OnnxError(str(out), found=str(err), expected="a valid graph with its ends") from err
+    write_graph(read, out, what="a valid graph with its ends")
 
 
 def answers_with_ends(
@@ -115,7 +109,7 @@ def fix_batch(model: Path, batch: int, out: Path) -> None:
     Raises:
         StorageError: Disk full, read-only or no permission.
     """
-    read = ir.load(model)
+    read = read_graph(model)
     for value in (*read.graph.inputs, *read.graph.outputs):
         if value.shape is not None and len(value.shape):
             value.shape = ir.Shape([batch, *list(value.shape)[1:]])
@@ -123,8 +117,7 @@ def fix_batch(model: Path, batch: int, out: Path) -> None:
         for result in node.outputs:  # what was inferred for a free batch
             if not any(output is result for output in read.graph.outputs):
                 result.shape = None
-    with atomic_file(out) as temporary:
-        ir.save(read, temporary)
+    write_graph(read, out, what="a valid graph of one batch size")
 
 
 def _take_images(graph: ir.Graph, spec: ModelSpec, image: TensorSpec) -> None:

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
 
 from edgepose.errors import OnnxError
+from edgepose.export.files import read_graph, write_graph
 from edgepose.export.notes import HEAVY
-from edgepose.storage import atomic_file
 
 _WIDE = frozenset({
     "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceLogSumExp",
@@ -41,27 +38,11 @@ def half_onnx(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
         OnnxError: Not a readable ONNX file, quantised, with control flow, or with weights beyond 16 bits.
         StorageError: Disk full, read-only or no permission.
     """
-    model = _read(Path(path))
+    model = read_graph(path, inferred=True)  # every value's type has to be known
     writer = _Halver(model, where=str(path))
     halved = writer.write()
-    with atomic_file(out) as temporary:
-        ir.save(model, temporary)
-        try:
-            onnx.checker.check_model(str(temporary), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
-            raise OnnxError(str(out), found=str(err), expected="a valid graph of 16 bits") from err
+    write_graph(model, out, what="a valid graph of 16 bits")
     return halved
-
-
-def _read(path: Path) -> ir.Model:
-    try:
-        proto = onnx.shape_inference.infer_shapes(onnx.load(path))  # every value's type has to be known
-        model = ir.from_proto(proto)
-    except OSError as err:
-        raise OnnxError(str(path), found=err.strerror or str(err), expected="an ONNX file") from err
-    except (DecodeError, ValueError, RuntimeError, onnx.shape_inference.InferenceError) as err:
-        raise OnnxError(str(path), found=str(err), expected="a readable ONNX file") from err
-    return model
 
 
 class _Halver:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
 
-from edgepose.errors import OnnxError
+from edgepose.export.files import read_graph
 from edgepose.export.int8_share import Achieved, FloatLayer, Int8Share
 from edgepose.export.notes import HEAVY, floats_of, modules_of
 
@@ -40,10 +39,7 @@ def read_asked(model: Path) -> Asked:
     Raises:
         OnnxError: Not a readable ONNX file, or its notes are not those that edgepose writes.
     """
-    try:
-        loaded = ir.load(model)
-    except (OSError, DecodeError, ValueError, RuntimeError) as err:
-        raise OnnxError(str(model), found=str(err), expected="a readable ONNX file") from err
+    loaded = read_graph(model)
     metadata = loaded.metadata_props
     left = {entry.node: entry.protected for entry in floats_of(metadata)}
     return Asked(tuple(loaded.graph), modules_of(metadata), left)

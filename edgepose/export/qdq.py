@@ -13,23 +13,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, assert_never
 
 import msgspec
 import numpy as np
-import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
 from numpy.typing import NDArray
 
 from edgepose.compress.ranges import Range, Ranges, check_ranges
 from edgepose.errors import OnnxError, UsageError
+from edgepose.export.files import read_graph, write_graph
 from edgepose.export.marks import METADATA_KEY, Mark, marks_of
 from edgepose.export.notes import FLOATS_KEY, HEAVY, FloatNode, modules_of
 from edgepose.export.qdq_spelling import constant, respell
 from edgepose.spec import Backend
-from edgepose.storage import atomic_file
 
 QuantisedDialect = Literal["u8s8", "s8s8"]
 
@@ -101,13 +98,8 @@ def quantised_onnx(
         raise UsageError("weight_bits", found=f"7 with dialect {dialect}", expected="8; only u8s8 sums saturate")
     check_ranges(ranges, where="ranges")
     where = str(float_onnx)
-    try:
-        model = ir.load(Path(float_onnx))
-        marks = marks_of(model, where=where)
-    except OSError as err:
-        raise OnnxError(where, found=err.strerror or str(err), expected="an ONNX file") from err
-    except (DecodeError, ValueError, RuntimeError) as err:
-        raise OnnxError(where, found=str(err), expected="a readable ONNX file") from err
+    model = read_graph(float_onnx)
+    marks = marks_of(model, where=where)
     writer = _Writer(model, dialect, weight_bits)
     writer.place(marks, ranges, where=where)
     writer.spread()
@@ -118,12 +110,7 @@ def quantised_onnx(
     model.metadata_props[FLOATS_KEY] = msgspec.json.encode(floats).decode()
     model.metadata_props.pop(METADATA_KEY, None)
     model.metadata_props["edgepose.dialect"] = dialect if weight_bits == 8 else f"{dialect}-{weight_bits}bit"
-    with atomic_file(path) as temporary:
-        ir.save(model, temporary)
-        try:
-            onnx.checker.check_model(str(temporary), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
-            raise OnnxError(str(path), found=str(err), expected="a valid quantised graph") from err
+    write_graph(model, path, what="a valid quantised graph")
     return report
 
 

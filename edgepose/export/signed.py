@@ -9,19 +9,16 @@ seen where the engine's answers are compared with the golden vectors. Networks q
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
 from numpy.typing import NDArray
 
 from edgepose.errors import OnnxError
+from edgepose.export.files import read_graph, write_graph
 from edgepose.export.qdq_spelling import constant
-from edgepose.storage import atomic_file
 
 _TOP = 127
 _LAST = 255
@@ -48,21 +45,11 @@ def signed_onnx(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Si
         OnnxError: Not a readable ONNX file, or quantised otherwise than edgepose does for CPUs.
         StorageError: Disk full, read-only or no permission.
     """
-    try:
-        model = ir.load(Path(path))
-    except OSError as err:
-        raise OnnxError(str(path), found=err.strerror or str(err), expected="an ONNX file") from err
-    except (DecodeError, ValueError, RuntimeError) as err:
-        raise OnnxError(str(path), found=str(err), expected="a readable ONNX file") from err
+    model = read_graph(path)
     writer = _Signer(model.graph, where=str(path))
     report = writer.write()
     model.metadata_props["edgepose.dialect"] = "s8s8"
-    with atomic_file(out) as temporary:
-        ir.save(model, temporary)
-        try:
-            onnx.checker.check_model(str(temporary), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
-            raise OnnxError(str(out), found=str(err), expected="a valid quantised graph") from err
+    write_graph(model, out, what="a valid quantised graph")
     return report
 
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
 from numpy.typing import NDArray
 
 from edgepose.errors import OnnxError
+from edgepose.export.files import read_graph
 from edgepose.export.notes import HEAVY
 
 Rule = Literal[
@@ -144,14 +143,7 @@ def check_for_tensorrt(path: str | os.PathLike[str]) -> tuple[Finding, ...]:
     Raises:
         OnnxError: Not a readable ONNX file, or a rule is broken that makes wrong engines; names rule and nodes.
     """
-    try:
-        model = ir.load(Path(path))
-    except OSError as err:
-        raise OnnxError(str(path), found=err.strerror or str(err), expected="an ONNX file") from err
-    except (DecodeError, ValueError, RuntimeError) as err:
-        raise OnnxError(str(path), found=str(err), expected="a readable ONNX file") from err
-    if not len(model.graph):  # what Protobuf makes of an empty file
-        raise OnnxError(str(path), found="a network without operators", expected="an ONNX file")
+    model = read_graph(path)
     findings = lint(model)
     errors = [finding for finding in findings if finding.severity == "error"]
     if errors:

@@ -11,19 +11,16 @@ with its ranges (`quantised_onnx(…, weight_bits=7)`) rounds once, this rounds 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no stubs are installed
 from numpy.typing import NDArray
 
 from edgepose.errors import OnnxError
+from edgepose.export.files import read_graph, write_graph
 from edgepose.spec import Dialect
-from edgepose.storage import atomic_file
 
 _TOP = 63
 _MULTIPLIERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -61,7 +58,7 @@ def quantisation_of(path: str | os.PathLike[str]) -> Quantisation:
     Raises:
         OnnxError: Not a readable ONNX file.
     """
-    graph = _load(Path(path)).graph
+    graph = read_graph(path).graph
     kinds = {_dtype_of(node.inputs[2]) for node in graph if node.op_type == "QuantizeLinear" and len(node.inputs) > 2}
     peaks = [int(np.abs(_codes_of(node).astype(np.int16)).max(initial=0)) for node in _weights(graph)]
     dialect: Dialect = "s8s8" if ir.DataType.INT8 in kinds else "u8s8" if kinds else "float"
@@ -79,33 +76,16 @@ def narrowed_onnx(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
         OnnxError: Not a readable ONNX file, or weights with other zero points.
         StorageError: Disk full, read-only or no permission.
     """
-    model = _load(Path(path))
+    model = read_graph(path)
     steps = [_narrow(model.graph, node, where=str(path)) for node in _weights(model.graph)]
     changed = [step for step in steps if step.max() > 1]
     model.metadata_props["edgepose.dialect"] = "u8s8-7bit"
-    with atomic_file(out) as temporary:
-        ir.save(model, temporary)
-        try:
-            onnx.checker.check_model(str(temporary), full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
-            raise OnnxError(str(out), found=str(err), expected="a valid quantised graph") from err
+    write_graph(model, out, what="a valid quantised graph")
     return Narrowed(
         weights=len(changed),
         channels=sum(int(np.count_nonzero(step > 1)) for step in changed),
         worst_step=max((float(step.max()) for step in changed), default=1.0),
     )
-
-
-def _load(path: Path) -> ir.Model:
-    try:
-        model = ir.load(path)
-    except OSError as err:
-        raise OnnxError(str(path), found=err.strerror or str(err), expected="an ONNX file") from err
-    except (DecodeError, ValueError, RuntimeError) as err:
-        raise OnnxError(str(path), found=str(err), expected="a readable ONNX file") from err
-    if not len(model.graph):  # what Protobuf makes of an empty file
-        raise OnnxError(str(path), found="a network without operators", expected="an ONNX file")
-    return model
 
 
 def _weights(graph: ir.Graph) -> list[ir.Node]:

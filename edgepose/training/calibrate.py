@@ -50,7 +50,7 @@ def calibrate_visibility(
     blocks = [part for part in model.modules() if isinstance(part, ORN)]
     if len(blocks) != 1 or config.augment.occlusion is None:
         return {}
-    logits, truth, ratios = _judged(model, spec, data, _behind_veils(config, config.augment.occlusion))
+    logits, truth, ratios = _judged(model, spec, data, _behind_veils(config))
     others = _judged(model, spec, rendered, _as_they_are(config)) if rendered is not None else None
     if others is not None and len(others[0]):
         logits, truth = (
@@ -86,12 +86,16 @@ def _as_they_are(config: TrainConfig) -> TrainConfig:
     return msgspec.structs.replace(config, augment=plain, rendered=0.0, epochs=1, uncovered_teacher=False)
 
 
-def _behind_veils(config: TrainConfig, occlusion: OcclusionConfig) -> TrainConfig:
-    """People behind irregular patches of other photographs and of drawn things, at full severity."""
-    none = dict.fromkeys(("body_parts", "cutout", "single", "clutter", "tangles", "walls", "joints"), 0.0)
-    veiled = msgspec.structs.replace(occlusion, pasted=1.0, veils=1.0, start=1.0, **none)
+_VEILS = OcclusionConfig(
+    pasted=1.0, veils=1.0, start=1.0, body_parts=0.0, cutout=0.0, single=0.0, clutter=0.0, tangles=0.0, walls=0.0,
+    joints=0.0,
+)  # fmt: skip
+"""Everybody behind irregular patches of other photographs and of drawn things, whatever training pasted."""
+
+
+def _behind_veils(config: TrainConfig) -> TrainConfig:
     plain = _as_they_are(config)
-    return msgspec.structs.replace(plain, augment=msgspec.structs.replace(plain.augment, occlusion=veiled))
+    return msgspec.structs.replace(plain, augment=msgspec.structs.replace(plain.augment, occlusion=_VEILS))
 
 
 def _judged(

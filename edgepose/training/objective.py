@@ -57,9 +57,12 @@ class Objective(nn.Module):
         Args:
             stages: What the network says, after what its earlier stages say.
             batch: Labels.
-            taught: A teacher's outputs, in the same order; it may lack the last ones, which then follow the labels.
+            taught: A teacher's outputs, in the same order; it may lack the last ones, which then follow the labels, as
+                does all but keypoints where the teacher sees people uncovered (`uncovered_teacher`).
             maps: Feature maps of the network and of its teacher, for `features`.
         """
+        if taught is not None and self.config.uncovered_teacher:
+            taught = taught[: 1 + max(self._located)]  # it sees other images: what is hidden here, it cannot know
         loss = self._said(stages, batch, taught)
         if self.features is not None and maps is not None:
             loss = loss + self.config.feature_weight * self.features(*maps)

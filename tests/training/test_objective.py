@@ -109,6 +109,15 @@ def test_what_a_teacher_does_not_say_is_learnt_from_labels() -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_teacher_that_sees_people_uncovered_is_asked_for_keypoints_alone() -> None:
+    """It would call visible what only the student's views hide."""
+    labels, found = batch(), outputs(1)
+    config = msgspec.structs.replace(CONFIG, distill_weight=0.5, uncovered_teacher=True)
+    objective = Objective(ROBUST, config)
+    losses = [objective([Stage(found, None)], labels, outputs(2, robust=robust)).item() for robust in (True, False)]
+    assert losses[0] == losses[1]
+
+
 def test_places_are_learnt_from_labels_where_the_teacher_says_nothing_of_visibility() -> None:
     labels, found, clear = batch(), outputs(1), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     objective = Objective(ROBUST, msgspec.structs.replace(CONFIG, distill_weight=0.5))
