@@ -24,14 +24,15 @@ if __name__ == "__main__":
 
 import msgspec  # noqa: E402
 
-from benchmarks.claims import INTERRUPTED, data_root  # noqa: E402
+from benchmarks.claims import data_root  # noqa: E402
+from benchmarks.command import command  # noqa: E402
 from benchmarks.context import THREADS  # noqa: E402
 from edgepose.blocks.config import PRESETS, KPEConfig, LossConfig, spec_of  # noqa: E402
 from edgepose.cli.console import Steps, note, steps  # noqa: E402
 from edgepose.data.augment import AugmentConfig, OcclusionConfig  # noqa: E402
 from edgepose.data.coco import dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
-from edgepose.errors import EdgeposeError, UsageError  # noqa: E402
+from edgepose.errors import UsageError  # noqa: E402
 from edgepose.host import cache_directory  # noqa: E402
 from edgepose.storage import atomic_json  # noqa: E402
 from edgepose.strict_yaml import did_you_mean  # noqa: E402
@@ -182,6 +183,7 @@ def kept() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("*.json"))}
 
 
+@command
 def main() -> int:
     """Runs what the command line names; returns the exit code."""
     parser = argparse.ArgumentParser(prog="ablations.py", description="What each choice buys, on short runs.")
@@ -195,19 +197,13 @@ def main() -> int:
             parser.error("--table shows all records there are: leave the names off")
         print(table(kept()), end="")
         return 0
-    try:
-        for name in options.names:
-            if name not in ABLATIONS:
-                fix = did_you_mean(name, tuple(ABLATIONS))
-                raise UsageError(name, found="no such run", expected=f"one of {', '.join(ABLATIONS)}", fix=fix)
-        for name in options.names or [name for name in ABLATIONS if name not in kept()]:
-            with steps() as shown:
-                run(name, data_root(), shown)
-    except EdgeposeError as err:
-        print(f"ablations: {err}", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    for name in options.names:
+        if name not in ABLATIONS:
+            fix = did_you_mean(name, tuple(ABLATIONS))
+            raise UsageError(name, found="no such run", expected=f"one of {', '.join(ABLATIONS)}", fix=fix)
+    for name in options.names or [name for name in ABLATIONS if name not in kept()]:
+        with steps() as shown:
+            run(name, data_root(), shown)
     print(table(kept()), end="")
     return 0
 

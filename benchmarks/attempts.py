@@ -22,13 +22,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # instead of this folder, whose files are the package `benchmarks`
 
-from benchmarks.claims import INTERRUPTED, data_root  # noqa: E402
+from benchmarks.claims import data_root  # noqa: E402
+from benchmarks.command import command  # noqa: E402
 from benchmarks.context import THREADS  # noqa: E402
 from edgepose.blocks.zoo import find_checkpoint  # noqa: E402
 from edgepose.cli.console import Steps, steps  # noqa: E402
 from edgepose.data.coco import dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
-from edgepose.errors import EdgeposeError  # noqa: E402
 from edgepose.profiler.slices import (  # noqa: E402
     SliceRecord,
     intervals,
@@ -127,6 +127,7 @@ def kept() -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("*.json"))]
 
 
+@command
 def main() -> int:
     """Does what the command line says; returns the exit code."""
     parser = argparse.ArgumentParser(prog="attempts.py", description="Long runs on record.")
@@ -140,15 +141,9 @@ def main() -> int:
         if not (options.checkpoint and options.name and options.what):
             parser.error("CHECKPOINT, --name and --what are needed, or --table alone")
         told = {"name": options.name, "what": options.what}
-        try:
-            base = find_checkpoint(options.against) if options.against else None
-            with steps() as shown:
-                put_on_record(find_checkpoint(options.checkpoint), told, base, shown)
-        except EdgeposeError as err:
-            print(f"attempts: {err}", file=sys.stderr)
-            return err.exit_code
-        except KeyboardInterrupt:
-            return INTERRUPTED
+        base = find_checkpoint(options.against) if options.against else None
+        with steps() as shown:
+            put_on_record(find_checkpoint(options.checkpoint), told, base, shown)
     print(table(kept()), end="")
     return 0
 

@@ -21,17 +21,18 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)  # instead of this folder, whose files are the package `benchmarks`
 
 from benchmarks.claim import Claim, Row, row_of  # noqa: E402
+from benchmarks.command import command  # noqa: E402
 from benchmarks.context import Context  # noqa: E402
 from edgepose.cli.console import steps  # noqa: E402
-from edgepose.errors import DataUnavailable, EdgeposeError, StorageError, UsageError  # noqa: E402
+from edgepose.errors import DataUnavailable, StorageError, UsageError  # noqa: E402
 from edgepose.storage import atomic_json  # noqa: E402
 from edgepose.strict_yaml import did_you_mean  # noqa: E402
 from edgepose.telemetry import block_telemetry  # noqa: E402
 
-INTERRUPTED = 130
 _LINE = "{:<30} {:>9}  {:<9}  {:<8}  {}"
 
 
+@command
 def main(arguments: Sequence[str] | None = None, *, table: tuple[Claim, ...] | None = None) -> int:
     """Measures the claims that the command line names.
 
@@ -48,29 +49,22 @@ def main(arguments: Sequence[str] | None = None, *, table: tuple[Claim, ...] | N
     parser.add_argument("--full", action="store_true", help="also repeat the training runs behind the claims: hours")
     parser.add_argument("--list", action="store_true", help="say which claims there are, and stop")
     options = parser.parse_args(arguments)
-    try:
-        if table is None:
-            from benchmarks.areas import all_claims
+    if table is None:
+        from benchmarks.areas import all_claims
 
-            table = all_claims()
-        wanted = chosen(table, options.names)
-        if options.list:
-            for claim in wanted:
-                print(_LINE.format(claim.name, "", claim.unit, claim.bar, claim.question))
-            return 0
-        data = data_root()
-        check_data(wanted, data)
-        if options.json is not None:
-            check_writable(options.json)
-        rows = measure(wanted, data, full=options.full)
-        if options.json is not None:
-            atomic_json(options.json, rows)
-    except EdgeposeError as err:
-        print(f"claims: {err}", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
-        print("claims: interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        table = all_claims()
+    wanted = chosen(table, options.names)
+    if options.list:
+        for claim in wanted:
+            print(_LINE.format(claim.name, "", claim.unit, claim.bar, claim.question))
+        return 0
+    data = data_root()
+    check_data(wanted, data)
+    if options.json is not None:
+        check_writable(options.json)
+    rows = measure(wanted, data, full=options.full)
+    if options.json is not None:
+        atomic_json(options.json, rows)
     return 0 if all(row.holds for row in rows) else 1
 
 

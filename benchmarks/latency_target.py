@@ -27,7 +27,8 @@ if __name__ == "__main__":
 import msgspec  # noqa: E402
 
 from benchmarks.claim import Measured  # noqa: E402
-from benchmarks.claims import INTERRUPTED, data_root  # noqa: E402
+from benchmarks.claims import data_root  # noqa: E402
+from benchmarks.command import command  # noqa: E402
 from benchmarks.context import THREADS, Context  # noqa: E402
 from benchmarks.subjects import empty_cache, lspet  # noqa: E402
 from edgepose.blocks.card import read_card  # noqa: E402
@@ -36,7 +37,6 @@ from edgepose.cli.console import show_table, steps  # noqa: E402
 from edgepose.compress.staircase import TOLERANCE  # noqa: E402
 from edgepose.data.coco import dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
-from edgepose.errors import EdgeposeError  # noqa: E402
 from edgepose.profiler.turns import time_in_turns  # noqa: E402
 from edgepose.profiles import load_target  # noqa: E402
 from edgepose.recipe import Prune, QuantiseAfterTraining, Recipe  # noqa: E402
@@ -154,6 +154,7 @@ def latency_target_error(context: Context) -> Measured:
     return Measured(worst, text, {"answers": [msgspec.to_builtins(one.achieved) for one in answers]})
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answers what the command line asks; returns the exit code."""
     parser = argparse.ArgumentParser(prog="latency_target.py", description="Speed-ups asked for, and achieved.")
@@ -164,25 +165,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write staircases and figures to this file")
     options = parser.parse_args(arguments)
     answers: list[Answer] = []
-    try:
-        questions = [
-            Question(name, speedup, options.precision, options.people)
-            for name in options.networks or NETWORKS
-            for speedup in options.speedup or SPEEDUPS
-        ]
-        with tempfile.TemporaryDirectory(prefix="edgepose-aim-") as folder, empty_cache(Path(folder, "cache")):
-            for question in questions:
-                with steps() as shown:
-                    answers.append(answer(Context(data_root(), Path(folder), told=shown.told), question))
-                _show(answers[-1])
-        show_table(COLUMNS, [one.row for one in answers])
-        if options.json is not None:
-            atomic_json(options.json, [{"staircase": one.staircase, "achieved": one.achieved} for one in answers])
-    except EdgeposeError as err:
-        print(f"latency_target: {err}", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    questions = [
+        Question(name, speedup, options.precision, options.people)
+        for name in options.networks or NETWORKS
+        for speedup in options.speedup or SPEEDUPS
+    ]
+    with tempfile.TemporaryDirectory(prefix="edgepose-aim-") as folder, empty_cache(Path(folder, "cache")):
+        for question in questions:
+            with steps() as shown:
+                answers.append(answer(Context(data_root(), Path(folder), told=shown.told), question))
+            _show(answers[-1])
+    show_table(COLUMNS, [one.row for one in answers])
+    if options.json is not None:
+        atomic_json(options.json, [{"staircase": one.staircase, "achieved": one.achieved} for one in answers])
     return 0 if all(abs(one.achieved.error) <= TOLERANCE for one in answers) else 1
 
 

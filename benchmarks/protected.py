@@ -25,7 +25,8 @@ if __name__ == "__main__":
 
 import msgspec  # noqa: E402
 
-from benchmarks.claims import INTERRUPTED, data_root  # noqa: E402
+from benchmarks.claims import data_root  # noqa: E402
+from benchmarks.command import command  # noqa: E402
 from benchmarks.context import THREADS  # noqa: E402
 from edgepose.blocks.zoo import find_checkpoint  # noqa: E402
 from edgepose.cli.console import note, show_table  # noqa: E402
@@ -224,6 +225,7 @@ def _timed(found: list[Worth], files: Sequence[Path], backend: Backend, timer: T
     return marked
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures what the command line names; returns the exit code."""
     parser = argparse.ArgumentParser(prog="protected.py", description="What each rule of compress.protected is worth.")
@@ -238,22 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.no_time and options.backend:
         parser.error("--no-time times nothing: leave --backend off")
     backends: tuple[Backend, ...] = () if options.no_time else tuple(options.backend or BACKENDS)
-    try:
-        train, dev = split_train(dataset(options.data or data_root() / "lspet", "train"))
-        people = (train.sample(options.images, 0), dev if options.dev is None else dev.sample(options.dev, 0))
-        with tempfile.TemporaryDirectory(prefix="edgepose-protected-") as folder:
-            found = measure(open_bench(find_checkpoint(options.network), people, backends, Path(folder)))
-        show_table(columns(found[0].figures, backends), [worth.row(backends) for worth in found])
-        for worth in found:
-            for backend, reason in worth.refused.items():
-                print(f"{worth.variant.rule} in {backend}: {reason}")
-        if options.json is not None:
-            atomic_json(options.json, msgspec.to_builtins(list(found)))
-    except EdgeposeError as err:
-        print(f"protected: {err}", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    train, dev = split_train(dataset(options.data or data_root() / "lspet", "train"))
+    people = (train.sample(options.images, 0), dev if options.dev is None else dev.sample(options.dev, 0))
+    with tempfile.TemporaryDirectory(prefix="edgepose-protected-") as folder:
+        found = measure(open_bench(find_checkpoint(options.network), people, backends, Path(folder)))
+    show_table(columns(found[0].figures, backends), [worth.row(backends) for worth in found])
+    for worth in found:
+        for backend, reason in worth.refused.items():
+            print(f"{worth.variant.rule} in {backend}: {reason}")
+    if options.json is not None:
+        atomic_json(options.json, msgspec.to_builtins(list(found)))
     return 0
 
 

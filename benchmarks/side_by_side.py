@@ -33,7 +33,8 @@ if __name__ == "__main__":
 
 import msgspec  # noqa: E402
 
-from benchmarks.claims import INTERRUPTED, data_root  # noqa: E402
+from benchmarks.claims import data_root  # noqa: E402
+from benchmarks.command import command  # noqa: E402
 from benchmarks.context import THREADS, Context  # noqa: E402
 from benchmarks.rivals import NNCF, QUANTIZE_STATIC, RIVALS, Images, Made, digest_of, made  # noqa: E402
 from benchmarks.subjects import METRIC, compiled, lspet, val_people  # noqa: E402
@@ -42,7 +43,7 @@ from edgepose.bundle import Bundle, check_engine  # noqa: E402
 from edgepose.cli.console import steps  # noqa: E402
 from edgepose.data.coco import PoseDataset, dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
-from edgepose.errors import DataUnavailable, EdgeposeError, UsageError  # noqa: E402
+from edgepose.errors import DataUnavailable, UsageError  # noqa: E402
 from edgepose.estimator import PoseEstimator, choose_engine  # noqa: E402
 from edgepose.host import fingerprint  # noqa: E402
 from edgepose.pose.preprocess import normalise  # noqa: E402
@@ -358,6 +359,7 @@ def verdict(table: Table) -> str:
     return f"{OURS} is {front} of {table.backend}; {kept}"
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compares what the command line names; returns the exit code."""
     parser = argparse.ArgumentParser(prog="side_by_side.py", description="This project beside other quantisers.")
@@ -365,23 +367,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=("dev", "val"), default="dev", help="whom PCK is measured on (default: dev)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables to this file")
     options = parser.parse_args(arguments)
-    try:
-        names = options.networks or ["kpe-s"]
-        for name in names:
-            find_checkpoint(name)
-        root = data_root()
-        if not (root / "lspet" / "train.json").is_file():
-            raise DataUnavailable(
-                f"{root}/lspet", found="no train.json", expected="the data set", fix="set EDGEPOSE_DATA"
-            )
-        tables = _measured(names, options.split, root)
-        if options.json is not None:
-            atomic_json(options.json, tables)
-    except EdgeposeError as err:
-        print(f"side_by_side: {err}", file=sys.stderr)
-        return err.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    names = options.networks or ["kpe-s"]
+    for name in names:
+        find_checkpoint(name)
+    root = data_root()
+    if not (root / "lspet" / "train.json").is_file():
+        raise DataUnavailable(f"{root}/lspet", found="no train.json", expected="the data set", fix="set EDGEPOSE_DATA")
+    tables = _measured(names, options.split, root)
+    if options.json is not None:
+        atomic_json(options.json, tables)
     return 1 if any(table.dominators for table in tables) else 0
 
 

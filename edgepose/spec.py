@@ -246,7 +246,8 @@ class TensorrtBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         level: How long the builder looks for fast kernels, 0..5.
         workspace_mib: Most memory that one kernel may take for itself; 0 leaves it to TensorRT.
         hardware: Other GPUs that engines run on, slower: none, any from Ampere on, or any of one compute capability.
-        version_compatible: Whether newer versions of TensorRT load the engines, through the lean runtime.
+        version_compatible: Whether newer versions of TensorRT may load the engines, given the lean runtime of the
+            version that built them, which is left out of the file; edgepose's own session does not look for one yet.
         dla_core: DLA core that takes the layers it can; the others fall back to the GPU. Batches are fixed then.
         strip_weights: Leave weights out of engines; they are put back from the ONNX file when an engine is loaded.
     """

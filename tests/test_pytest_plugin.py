@@ -7,14 +7,12 @@ import os
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from edgepose.bundle import write_bundle
-from tests.tiny_network import spot_bundle, spot_draft
+from tests.tiny_network import pair_of_bundles
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -45,12 +43,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.cli.conftest import write_people
 
     folder = tmp_path_factory.mktemp("suite")
-    spot_bundle(folder).root.rename(folder / "good.bundle")
-    (folder / "parts").mkdir()
-    draft = spot_draft(folder / "parts")
-    first = draft.engines[0]
-    grown = replace(first, files={**first.files, "cache.bin": bytes(4096)})
-    write_bundle(folder / "bigger.bundle", replace(draft, name="bigger", engines=(grown,)))
+    pair_of_bundles(folder, "good.bundle", "bigger.bundle")
     write_people(folder / "people", "val", 24)
     (folder / "sizes.yaml").write_text(SIZES)
     (folder / "people.yaml").write_text(PEOPLE)

@@ -6,6 +6,7 @@ Invariant: it computes exactly `fakes.spot_outputs`, so that every backend's ans
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,17 @@ def spot_draft(folder: Path) -> BundleDraft:
 def spot_bundle(folder: Path) -> Bundle:
     """Writes spots.bundle into `folder`."""
     return write_bundle(folder / "spots.bundle", spot_draft(folder))
+
+
+def pair_of_bundles(folder: Path, good: str, bigger: str) -> None:
+    """The bundle of `spot_bundle`, and one like it whose engine has 4 KiB more, under these names."""
+    spot_bundle(folder).root.rename(folder / good)
+    parts = folder / "parts"
+    parts.mkdir()
+    draft = spot_draft(parts)
+    first = draft.engines[0]
+    grown = replace(first, files={**first.files, "cache.bin": bytes(4096)})
+    write_bundle(folder / bigger, replace(draft, name="bigger", engines=(grown,)))
 
 
 def flip_a_byte(path: Path, position: float = 0.5) -> None:

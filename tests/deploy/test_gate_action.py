@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -16,9 +15,8 @@ import pytest
 import yaml
 
 import edgepose
-from edgepose.bundle import write_bundle
 from tests.cli.conftest import write_people
-from tests.tiny_network import spot_bundle, spot_draft
+from tests.tiny_network import pair_of_bundles
 
 ACTION = Path(__file__).resolve().parents[2] / "deploy" / "ci" / "gate" / "action.yml"
 EDGEPOSE = Path(sys.executable).parent
@@ -74,12 +72,7 @@ class Runner:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
-    spot_bundle(folder).root.rename(folder / "base bundle")
-    (folder / "parts").mkdir()
-    draft = spot_draft(folder / "parts")
-    first = draft.engines[0]
-    grown = replace(first, files={**first.files, "cache.bin": bytes(4096)})
-    write_bundle(folder / "bigger.bundle", replace(draft, name="bigger", engines=(grown,)))
+    pair_of_bundles(folder, "base bundle", "bigger.bundle")
     write_people(folder / "people", "val", 24)
     (folder / "rules.yaml").write_text(RULES)
     return folder
