@@ -40,6 +40,7 @@ from edgepose.runtime import open_session
 from edgepose.spec import Keypoints, ModelSpec, Preprocess, SimCC
 from edgepose.training.batches import AugmentedPeople, Batch, to_input
 from edgepose.training.config import TrainConfig
+from edgepose.training.optimizers import make_optimizers
 from edgepose.training.predict import cut_crops
 
 ACTIONS = ("arms down", "an arm raised")
@@ -156,17 +157,26 @@ def arm_raised(points: Tensor, labelled: Tensor, keypoints: Keypoints) -> tuple[
 
 def train(network: PoseWithAction, spec: ModelSpec, people: PoseDataset, steps: int, seed: int) -> Iterator[float]:
     """Train both heads and the backbone together; gives the loss of every step."""
-    config = TrainConfig(epochs=1, batch_size=16, seed=seed, augment=AugmentConfig(rotation_deg=10, cutout=0.1))
+    config = TrainConfig(
+        epochs=1, batch_size=16, seed=seed, optimizer="muon", learning_rate=3e-3,
+        augment=AugmentConfig(rotation_deg=10, cutout=0.1),
+    )  # fmt: skip
     batches = AugmentedPeople(people, spec, config)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.1)
+    optimizers = make_optimizers(network, nn.Identity(), config)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            each, max_lr=config.learning_rate, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False
+        )
+        for each in optimizers
+    ]
     network.train()
     for batch in batches.numbers(range(steps), workers=0):
-        optimizer.zero_grad()
+        network.zero_grad()
         loss = _loss(network, spec, batch)
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         yield loss.item()
     network.eval()
 
