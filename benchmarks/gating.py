@@ -16,8 +16,8 @@ import msgspec
 from benchmarks.context import THREADS, Context
 from benchmarks.subjects import lspet
 from edgepose.errors import EdgeposeError
-from edgepose.profiler.verdict import Verdict
-from edgepose.profiler.verdict_files import verdict_from_json
+from edgepose.profiler.gate.files import verdict_from_json
+from edgepose.profiler.gate.verdict import Verdict
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _LIMIT_S = 1200.0

@@ -37,7 +37,7 @@ from edgepose.cli.console import show_table, steps  # noqa: E402
 from edgepose.compress.staircase import TOLERANCE  # noqa: E402
 from edgepose.data.coco import dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
-from edgepose.profiler.turns import time_in_turns  # noqa: E402
+from edgepose.profiler.timing.turns import time_in_turns  # noqa: E402
 from edgepose.profiles import load_target  # noqa: E402
 from edgepose.recipe import Prune, QuantiseAfterTraining, Recipe  # noqa: E402
 from edgepose.stages.assemble import engine_orders  # noqa: E402

@@ -19,8 +19,8 @@ from edgepose.blocks.card import Card, read_card
 from edgepose.blocks.zoo import find_checkpoint, zoo_names
 from edgepose.errors import CheckpointError
 from edgepose.profiler.accuracy import AccuracyRecord, summary
-from edgepose.profiler.gate import judge_accuracy
-from edgepose.profiler.rules import AccuracyRule
+from edgepose.profiler.gate.judge import judge_accuracy
+from edgepose.profiler.gate.rules import AccuracyRule
 from edgepose.profiles import load_target
 from edgepose.recipe import load_recipe
 from edgepose.spec import Backend

@@ -48,10 +48,10 @@ from edgepose.estimator import PoseEstimator, choose_engine  # noqa: E402
 from edgepose.host import fingerprint  # noqa: E402
 from edgepose.pose.preprocess import normalise  # noqa: E402
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate, json_from_record, record_from_json, summary  # noqa: E402
-from edgepose.profiler.gate import judge_accuracy  # noqa: E402
+from edgepose.profiler.gate.judge import judge_accuracy  # noqa: E402
+from edgepose.profiler.gate.rules import AccuracyRule  # noqa: E402
 from edgepose.profiler.record import LatencyComparison, ModelArm  # noqa: E402
-from edgepose.profiler.rules import AccuracyRule  # noqa: E402
-from edgepose.profiler.turns import time_in_turns  # noqa: E402
+from edgepose.profiler.timing.turns import time_in_turns  # noqa: E402
 from edgepose.recipe import QuantiseAfterTraining, load_recipe  # noqa: E402
 from edgepose.runtime import open_session  # noqa: E402
 from edgepose.spec import Backend, ModelSpec  # noqa: E402

@@ -24,8 +24,8 @@ from edgepose.data.coco import PoseDataset, dataset
 from edgepose.errors import CheckpointError
 from edgepose.estimator import PoseEstimator
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate, summary
-from edgepose.profiler.gate import judge_accuracy
-from edgepose.profiler.rules import AccuracyRule
+from edgepose.profiler.gate.judge import judge_accuracy
+from edgepose.profiler.gate.rules import AccuracyRule
 from edgepose.recipe import load_recipe
 from edgepose.spec import Backend
 from edgepose.stages.cache import StageResult

@@ -15,8 +15,8 @@ from benchmarks.context import THREADS, Context
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.bundle import Bundle, check_engine
 from edgepose.estimator import choose_engine
-from edgepose.profiler.pairs import compare_latency
 from edgepose.profiler.record import Arm, CallableArm, LatencyComparison, LatencyProtocol, ModelArm
+from edgepose.profiler.timing.pairs import compare_latency
 from edgepose.spec import Backend
 
 

@@ -23,7 +23,7 @@ from edgepose.data.splits import image_digests, people_for
 from edgepose.errors import AnnotationError, CheckpointError, UsageError
 from edgepose.host import cache_directory, fingerprint
 from edgepose.pose.codec import decode
-from edgepose.profiler.turns import time_in_turns
+from edgepose.profiler.timing.turns import time_in_turns
 from edgepose.profiles import load_target
 from edgepose.recipe import Recipe
 from edgepose.spec import ModelSpec

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from edgepose.profiler.rules import GateRules
-    from edgepose.profiler.run_gate import GateOptions
-    from edgepose.profiler.verdict import Verdict
+    from edgepose.profiler.gate.rules import GateRules
+    from edgepose.profiler.gate.run import GateOptions
+    from edgepose.profiler.gate.verdict import Verdict
 
 _OUT = "edgepose_gate_out"
 _verdicts: pytest.StashKey[list[tuple[str, list[str]]]] = pytest.StashKey()
@@ -69,7 +69,7 @@ class EdgeposeGate:
         """
         verdict = self.verdict(baseline, candidate, data=data, rules=rules, options=options)
         if verdict.exit_code:
-            from edgepose.profiler.verdict_files import lines_from_verdict
+            from edgepose.profiler.gate.files import lines_from_verdict
 
             pytest.fail("\n".join(lines_from_verdict(verdict)), pytrace=False)
         for reason in verdict.reasons:
@@ -91,8 +91,8 @@ class EdgeposeGate:
             EdgeposeError: The two could not be compared at all.
         """
         from edgepose.data.coco import dataset
-        from edgepose.profiler.rules import load_rules
-        from edgepose.profiler.run_gate import run_gate
+        from edgepose.profiler.gate.rules import load_rules
+        from edgepose.profiler.gate.run import run_gate
 
         loaded = load_rules(rules) if isinstance(rules, str) else rules
         if loaded.latency is not None and hasattr(self._config, "workerinput"):
@@ -108,9 +108,9 @@ class EdgeposeGate:
 
     def _keep(self, verdict: Verdict) -> None:
         """Into pytest's own JUnit file, the summary at the end, and the folder that was asked for."""
-        from edgepose.profiler.sarif import sarif_from_verdict
-        from edgepose.profiler.verdict_files import json_from_verdict, junit_from_verdict, lines_from_verdict
-        from edgepose.profiler.verdict_table import markdown_from_verdict
+        from edgepose.profiler.gate.files import json_from_verdict, junit_from_verdict, lines_from_verdict
+        from edgepose.profiler.gate.sarif import sarif_from_verdict
+        from edgepose.profiler.gate.table import markdown_from_verdict
         from edgepose.storage import atomic_write
 
         self._count += 1

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from edgepose.importer.spec import ImportSpec
-from edgepose.profiler.rules import GateRules
+from edgepose.profiler.gate.rules import GateRules
 from edgepose.profiles import profiles_root
 from edgepose.recipe import Recipe
 from edgepose.spec import Target

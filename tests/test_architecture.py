@@ -25,7 +25,7 @@ BUILD_HALF = (
 
 LEAVES = {
     "edgepose.pose.coco_map": "faster_coco_eval",
-    "edgepose.profiler.change_points": "ruptures",
+    "edgepose.profiler.history.change_points": "ruptures",
     "edgepose.runtime.openvino": "openvino",
     "edgepose.runtime.ort": "onnxruntime",
     "edgepose.runtime.tensorrt": "tensorrt",

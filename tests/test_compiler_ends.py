@@ -15,8 +15,8 @@ from edgepose.data.coco import dataset, read_image
 from edgepose.estimator import PoseEstimator
 from edgepose.golden import check_golden
 from edgepose.pose.flip import mirror_order
-from edgepose.profiler.profile import profile
 from edgepose.profiler.record import ProfileProtocol
+from edgepose.profiler.timing.profile import profile
 from edgepose.rebuild import build_bundle
 from edgepose.recipe import Export
 from edgepose.runtime import EXECUTABLE, open_session

@@ -34,9 +34,9 @@ from edgepose.bundle import Bundle
 from edgepose.errors import CheckpointError
 from edgepose.profiler import stats
 from edgepose.profiler.accuracy import AccuracyRecord, person_sums, summary
-from edgepose.profiler.gate import judge_accuracy
-from edgepose.profiler.rules import AccuracyRule
-from edgepose.profiler.turns import time_in_turns
+from edgepose.profiler.gate.judge import judge_accuracy
+from edgepose.profiler.gate.rules import AccuracyRule
+from edgepose.profiler.timing.turns import time_in_turns
 from edgepose.spec import Backend
 
 SMALL, TRAINED, CALIBRATED = "prune-qat-int8", "qat-int8", "ptq-int8"

@@ -18,13 +18,13 @@ import typer
 from edgepose.cli.console import STDOUT, note, say, show_table, write_json
 from edgepose.cli.options import StdoutJsonFlag
 from edgepose.errors import BadInput, UsageError
-from edgepose.profiler.baselines import Acceptance, Key, Point, current, find_series, read_series
-from edgepose.profiler.baselines import accept as accept_verdict
 from edgepose.profiler.facts import FACTS, spelt
-from edgepose.profiler.rules import load_rules
-from edgepose.profiler.trend import Trend, spelt_worse, trend_of
-from edgepose.profiler.verdict import Verdict
-from edgepose.profiler.verdict_files import verdict_from_json
+from edgepose.profiler.gate.files import verdict_from_json
+from edgepose.profiler.gate.rules import load_rules
+from edgepose.profiler.gate.verdict import Verdict
+from edgepose.profiler.history.baselines import Acceptance, Key, Point, current, find_series, read_series
+from edgepose.profiler.history.baselines import accept as accept_verdict
+from edgepose.profiler.history.trend import Trend, spelt_worse, trend_of
 
 EXAMPLES = (
     "edgepose baseline accept gate.json --branch main --commit 1f0c9a7",

@@ -22,12 +22,12 @@ from edgepose.errors import UsageError
 from edgepose.estimator import PoseEstimator
 from edgepose.pose.draw import draw
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate, summary
-from edgepose.profiler.profile import profile
+from edgepose.profiler.gate.files import lines_from_verdict
+from edgepose.profiler.gate.rules import load_rules
+from edgepose.profiler.gate.run import GateRun, run_gate
+from edgepose.profiler.pages.report import Picture, Report, render_report
 from edgepose.profiler.record import ProfileProtocol, ProfileRecord
-from edgepose.profiler.report import Picture, Report, render_report
-from edgepose.profiler.rules import load_rules
-from edgepose.profiler.run_gate import GateRun, run_gate
-from edgepose.profiler.verdict_files import lines_from_verdict
+from edgepose.profiler.timing.profile import profile
 from edgepose.recipe import load_recipe
 from edgepose.spec import Keypoints, Poses
 from edgepose.storage import atomic_write

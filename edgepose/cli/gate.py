@@ -29,13 +29,13 @@ from edgepose.cli.options import (
     checked_precision,
     labelled_people,
 )
-from edgepose.profiler.report import Report, render_report
-from edgepose.profiler.rules import load_rules
-from edgepose.profiler.run_gate import GateOptions, GateRun, run_gate
-from edgepose.profiler.sarif import sarif_from_verdict
-from edgepose.profiler.verdict import Verdict
-from edgepose.profiler.verdict_files import junit_from_verdict, lines_from_verdict
-from edgepose.profiler.verdict_table import HEAD, markdown_from_verdict, rows_from_verdict
+from edgepose.profiler.gate.files import junit_from_verdict, lines_from_verdict
+from edgepose.profiler.gate.rules import load_rules
+from edgepose.profiler.gate.run import GateOptions, GateRun, run_gate
+from edgepose.profiler.gate.sarif import sarif_from_verdict
+from edgepose.profiler.gate.table import HEAD, markdown_from_verdict, rows_from_verdict
+from edgepose.profiler.gate.verdict import Verdict
+from edgepose.profiler.pages.report import Report, render_report
 from edgepose.storage import atomic_write
 
 EXAMPLES = (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from edgepose.cli.console import annotate
 from edgepose.errors import UsageError
-from edgepose.profiler.verdict import Verdict
-from edgepose.profiler.verdict_table import annotations_from_verdict, markdown_from_verdict
+from edgepose.profiler.gate.table import annotations_from_verdict, markdown_from_verdict
+from edgepose.profiler.gate.verdict import Verdict
 from edgepose.storage import storage_faults_at
 
 _SUMMARY, _OUTPUT = "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"

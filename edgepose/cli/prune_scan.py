@@ -21,9 +21,9 @@ from edgepose.cli.options import SeedFlag, check_outputs, flag_fault
 from edgepose.data.splits import people_for
 from edgepose.errors import MissingDependency
 from edgepose.host import physical_cores
-from edgepose.profiler.markup import section, table
-from edgepose.profiler.report import Report, render_report
-from edgepose.profiler.stage_page import Scan, ScanRow, sensitivity_section
+from edgepose.profiler.pages.markup import section, table
+from edgepose.profiler.pages.report import Report, render_report
+from edgepose.profiler.pages.stage_page import Scan, ScanRow, sensitivity_section
 from edgepose.storage import atomic_write
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from edgepose.cli.options import DataFlag, JsonFlag, SeedFlag, check_outputs
 from edgepose.cli.report_pictures import WorstPeople, worst_people
 from edgepose.cli.report_steps import MeasuredSteps, StepOptions, measure_steps
 from edgepose.errors import BadInput, UsageError
+from edgepose.profiler.gate.verdict import Verdict
+from edgepose.profiler.pages.report import Report, render_report
+from edgepose.profiler.pages.stage_page import Scan, sensitivity_section, stage_sections
 from edgepose.profiler.record import ProfileRecord
-from edgepose.profiler.report import Report, render_report
-from edgepose.profiler.stage_page import Scan, sensitivity_section, stage_sections
-from edgepose.profiler.verdict import Verdict
 from edgepose.profiler.waterfall import Waterfall
 from edgepose.storage import atomic_write
 

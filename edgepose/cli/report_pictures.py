@@ -16,7 +16,7 @@ from edgepose.data.coco import Person, PoseDataset, read_image
 from edgepose.errors import ImageError
 from edgepose.pose.draw import draw
 from edgepose.profiler.accuracy import AccuracyRecord
-from edgepose.profiler.report import Picture
+from edgepose.profiler.pages.report import Picture
 from edgepose.profiler.waterfall import Waterfall, Worst, worst_persons
 from edgepose.spec import Keypoints, Poses
 

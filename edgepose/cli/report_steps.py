@@ -27,7 +27,7 @@ from edgepose.host import physical_cores
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate
 from edgepose.profiler.record import Arm, CallableArm, LatencyProtocol, ModelArm
 from edgepose.profiler.slices import SliceRecord, lenders_of, measure_slices
-from edgepose.profiler.turns import time_in_turns
+from edgepose.profiler.timing.turns import time_in_turns
 from edgepose.profiler.waterfall import Costs, Evidence, Latency, People, Waterfall, waterfall
 from edgepose.runtime import open_session
 from edgepose.spec import Engine

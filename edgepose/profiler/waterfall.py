@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from edgepose.errors import SpecError
 from edgepose.profiler.accuracy import AccuracyRecord, per_joint, summary
-from edgepose.profiler.gate import judge_accuracy, judge_joints
-from edgepose.profiler.rules import AccuracyRule, GateRules
+from edgepose.profiler.gate.judge import judge_accuracy, judge_joints
+from edgepose.profiler.gate.rules import AccuracyRule, GateRules
+from edgepose.profiler.gate.verdict import JointOutcome
 from edgepose.profiler.slices import Joints, SliceRecord, intervals, paired_difference, person_sums, shown_metrics
 from edgepose.profiler.stats import Interval
-from edgepose.profiler.verdict import JointOutcome
 from edgepose.spec import Keypoints
 
 Kind = Literal["control", "network", "onnx", "engine"]

@@ -24,7 +24,7 @@ from edgepose.errors import BackendUnavailable
 from edgepose.host import Fingerprint, fingerprint, physical_cores
 from edgepose.profiler import stats
 from edgepose.profiler.record import LatencyProtocol, ModelArm, call_times_ms
-from edgepose.profiler.turns import Turns
+from edgepose.profiler.timing.turns import Turns
 from edgepose.runtime import installed_backends
 from edgepose.spec import Backend, Precision
 from edgepose.stages.assemble import EngineOrder

@@ -31,6 +31,8 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         distill_weight: Share of the loss that comes from the teacher, 0..1.
         uncovered_teacher: The teacher sees people without what is pasted in front of them (learning with privileged
             information, Lopez-Paz et al., 2016), so that it tells where hidden joints are and how sure one could be.
+        mirrored_teacher: What the teacher says is the mean over each picture and its mirror image, the flip test: twice
+            its cost for a better teacher.
         seed: Of batches and augmentation.
         bf16: Run convolutions in bfloat16.
         augment: Random views.
@@ -74,3 +76,4 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sparsity: Weight = 0.0
     dense: tuple[str, ...] = ()
     uncovered_teacher: bool = False
+    mirrored_teacher: bool = False

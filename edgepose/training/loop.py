@@ -35,6 +35,7 @@ from edgepose.training.objective import Objective
 from edgepose.training.optimizers import make_optimizers
 from edgepose.training.predict import Crops, cut_crops, predict
 from edgepose.training.process import stop_signals, tune_allocator
+from edgepose.training.teacher import merged_with_mirrored
 
 if TYPE_CHECKING:
     from edgepose.compress.slimming import GroupLasso
@@ -179,7 +180,7 @@ def fit(
 
 
 _SAVE_EVERY_S = 180.0
-_YOUNGER = ("feature_weight", "sparsity", "dense", "uncovered_teacher")
+_YOUNGER = ("feature_weight", "sparsity", "dense", "uncovered_teacher", "mirrored_teacher")
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -206,6 +207,13 @@ def _check_parts(model: nn.Module, teacher: nn.Module | None, config: TrainConfi
             found=f"a run without {lacks}",
             expected="a teacher that sees what is hidden from the network",
             fix="hand one over" if teacher is None else "add augment: {occlusion: {}}, or set it to false",
+        )
+    if config.mirrored_teacher and config.distill_weight == 0:
+        raise UsageError(
+            "training: mirrored_teacher",
+            found="a run that no teacher's outputs count in",
+            expected="a teacher that sees mirror images, too",
+            fix="set distill_weight, or set it to false",
         )
     if config.dense and config.sparsity == 0:
         raise UsageError(
@@ -319,7 +327,11 @@ class _Run:
             torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16),
             recording(self.teacher, names) as shown,
         ):
-            return self.teacher(images), shown
+            taught = self.teacher(images)
+        if self.config.mirrored_teacher:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.config.bf16):
+                taught = merged_with_mirrored(self.teacher, self.spec, images, taught)
+        return taught, shown
 
     def _average(self) -> None:
         # The average must forget the random start: its window grows with the run up to the configured decay.

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgepose.profiler.verdict import Verdict
-from edgepose.profiler.verdict_files import json_from_verdict
+from edgepose.profiler.gate.files import json_from_verdict
+from edgepose.profiler.gate.verdict import Verdict
 from tests.cli.conftest import Cli
 from tests.profiler.verdicts import BAD, CONDITIONS, GOOD, accuracy, latency, size, verdict
 

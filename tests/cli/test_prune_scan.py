@@ -10,7 +10,7 @@ import pytest
 
 from edgepose.blocks.card import Card
 from edgepose.blocks.config import KPEConfig
-from edgepose.profiler.stage_page import Scan
+from edgepose.profiler.pages.stage_page import Scan
 from edgepose.spec import Keypoints
 from tests.cli.conftest import Cli
 

@@ -12,7 +12,7 @@ import pytest
 from edgepose.cli import report_steps
 from edgepose.profiler.record import LatencyProtocol
 from tests.cli.conftest import Cli
-from tests.profiler.test_report import Page
+from tests.profiler.pages.test_report import Page
 from tests.tiny_checkpoint import Compiled, Tiny
 from tests.tiny_network import flip_a_byte
 

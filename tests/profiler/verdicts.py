@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edgepose.profiler.record import LatencyProtocol
-from edgepose.profiler.verdict import (
+from edgepose.profiler.gate.verdict import (
     AccuracyOutcome,
     Check,
     Conditions,
@@ -17,6 +16,7 @@ from edgepose.profiler.verdict import (
     Verdict,
     overall,
 )
+from edgepose.profiler.record import LatencyProtocol
 
 CONDITIONS = Conditions(
     baseline_digest="b" * 64,

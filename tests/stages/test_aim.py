@@ -20,7 +20,7 @@ from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.plan import plan_from_json
 from edgepose.errors import BackendUnavailable, RecipeError
 from edgepose.host import fingerprint
-from edgepose.profiler.turns import time_in_turns
+from edgepose.profiler.timing.turns import time_in_turns
 from edgepose.profiles import load_target
 from edgepose.recipe import Prune, Recipe
 from edgepose.spec import Target

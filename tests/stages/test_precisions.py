@@ -23,7 +23,7 @@ from edgepose.stages import precisions
 from edgepose.stages.assemble import EngineOrder, engine_orders
 from edgepose.stages.cache import StageKey, StageResult, run_stage
 from edgepose.stages.precisions import contests, decide, settle
-from tests.profiler.fake_turns import FakeTimer
+from tests.profiler.timing.fake_turns import FakeTimer
 from tests.tiny_checkpoint import Compiled, Watch, quick
 
 ANY_CPU = Target("any", "d", ("onnxruntime", "openvino"), ("fp32", "bf16", "int8"), threads=1)

@@ -317,6 +317,7 @@ def test_the_last_bits_of_the_starting_weights_may_differ(state: Path, data: tup
         ("masking", 0.5, "occlusion-robust"),
         ("dense", ("backbone.*",), "without sparsity"),
         ("uncovered_teacher", True, "without a teacher"),
+        ("mirrored_teacher", True, "no teacher"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(
@@ -328,10 +329,12 @@ def test_settings_that_would_do_nothing_are_refused(
 
 def test_settings_younger_than_a_state_count_where_they_say_something() -> None:
     """Runs that were stopped before a setting was there go on; it means then what was before it."""
-    assert {"feature_weight", "sparsity", "dense", "uncovered_teacher"}.isdisjoint(_settings(CONFIG))
+    assert {"feature_weight", "sparsity", "dense", "uncovered_teacher", "mirrored_teacher"}.isdisjoint(
+        _settings(CONFIG)
+    )
     assert {**_settings(CONFIG), "sparsity": 0.1} == _settings(msgspec.structs.replace(CONFIG, sparsity=0.1))
     written = msgspec.json.encode(CONFIG).replace(
-        b',"feature_weight":0.0,"sparsity":0.0,"dense":[],"uncovered_teacher":false', b""
+        b',"feature_weight":0.0,"sparsity":0.0,"dense":[],"uncovered_teacher":false,"mirrored_teacher":false', b""
     )
     assert msgspec.json.encode(_settings(CONFIG)) == written  # to the byte, for states are known by its hash
 
@@ -436,6 +439,15 @@ def test_a_teacher_may_see_what_is_hidden_from_the_network(data: tuple[PoseDatas
     config = msgspec.structs.replace(config, augment=AugmentConfig())
     with pytest.raises(UsageError, match=r"without occlusion.*augment: {occlusion: {}}"):
         fit(network(), SPEC, data, config, teacher=teacher, options=RunOptions(workers=0))
+
+
+def test_a_teacher_may_see_mirror_images_too(data: tuple[PoseDataset, PoseDataset]) -> None:
+    config = msgspec.structs.replace(CONFIG, epochs=1, distill_weight=0.5, mirrored_teacher=True)
+    teacher, seen = network(seed=1), []
+    teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    fit(network(), SPEC, data, config, teacher=teacher, options=RunOptions(workers=0))
+    assert torch.equal(seen[0].flip(3), seen[1])
+    assert not torch.equal(seen[0], seen[1])
 
 
 # The schedule

@@ -1,0 +1,1 @@
+"""Pages: the report in one HTML file, its sections, and the charts in them."""
