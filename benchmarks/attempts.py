@@ -37,7 +37,7 @@ from edgepose.profiler.slices import (  # noqa: E402
     paired_difference,
     visibility_quality,
 )
-from edgepose.profiler.stats import Interval  # noqa: E402
+from edgepose.stats import Interval  # noqa: E402
 from edgepose.storage import atomic_json  # noqa: E402
 
 RECORDS = Path(__file__).resolve().parent / "attempts"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgepose.profiler.record import LatencyProtocol
+from edgepose.timing.record import LatencyProtocol
 
 T = TypeVar("T")
 

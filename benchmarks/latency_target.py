@@ -37,7 +37,6 @@ from edgepose.cli.console import show_table, steps  # noqa: E402
 from edgepose.compress.staircase import TOLERANCE  # noqa: E402
 from edgepose.data.coco import dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
-from edgepose.profiler.timing.turns import time_in_turns  # noqa: E402
 from edgepose.profiles import load_target  # noqa: E402
 from edgepose.recipe import Prune, QuantiseAfterTraining, Recipe  # noqa: E402
 from edgepose.stages.assemble import engine_orders  # noqa: E402
@@ -54,6 +53,7 @@ from edgepose.stages.latency import (  # noqa: E402
 from edgepose.stages.precisions import Timer  # noqa: E402
 from edgepose.stages.settings import plan_of  # noqa: E402
 from edgepose.storage import atomic_json  # noqa: E402
+from edgepose.timing.turns import time_in_turns  # noqa: E402
 
 NETWORKS, SPEEDUPS = ("kpe-s", "kpe-t"), (1.5, 2.0)
 COLUMNS = ("network", "precision", "asked", "predicted", "achieved", "achieved/asked", "against FP32", "shapes timed")

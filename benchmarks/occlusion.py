@@ -22,7 +22,7 @@ from edgepose.errors import AnnotationError, CheckpointError, SpecError
 from edgepose.estimator import PoseEstimator
 from edgepose.pose import metrics
 from edgepose.profiler.slices import SliceRecord, measure_slices, paired_difference, visibility_quality
-from edgepose.profiler.stats import Interval
+from edgepose.stats import Interval
 
 OCCLUDED = "occluded_30"
 DRAWS = 3

@@ -33,12 +33,12 @@ from edgepose.cli.console import note, show_table  # noqa: E402
 from edgepose.data.coco import PoseDataset, dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
 from edgepose.errors import EdgeposeError  # noqa: E402
-from edgepose.profiler.record import LatencyProtocol, ModelArm  # noqa: E402
-from edgepose.profiler.timing.turns import time_in_turns  # noqa: E402
 from edgepose.runtime import open_session  # noqa: E402
 from edgepose.spec import Backend, ModelSpec  # noqa: E402
 from edgepose.stages.precisions import Timer  # noqa: E402
 from edgepose.storage import atomic_json  # noqa: E402
+from edgepose.timing.record import LatencyProtocol, ModelArm  # noqa: E402
+from edgepose.timing.turns import time_in_turns  # noqa: E402
 
 BACKENDS: tuple[Backend, ...] = ("onnxruntime", "openvino")
 METRICS = ("pck_torso_0.2", "pck_torso_0.1")

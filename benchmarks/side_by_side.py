@@ -43,21 +43,22 @@ from edgepose.bundle import Bundle, check_engine  # noqa: E402
 from edgepose.cli.console import steps  # noqa: E402
 from edgepose.data.coco import PoseDataset, dataset  # noqa: E402
 from edgepose.data.splits import split_train  # noqa: E402
+from edgepose.engines import choose_engine  # noqa: E402
 from edgepose.errors import DataUnavailable, UsageError  # noqa: E402
-from edgepose.estimator import PoseEstimator, choose_engine  # noqa: E402
+from edgepose.estimator import PoseEstimator  # noqa: E402
 from edgepose.host import fingerprint  # noqa: E402
 from edgepose.pose.preprocess import normalise  # noqa: E402
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate, json_from_record, record_from_json, summary  # noqa: E402
 from edgepose.profiler.gate.judge import judge_accuracy  # noqa: E402
 from edgepose.profiler.gate.rules import AccuracyRule  # noqa: E402
-from edgepose.profiler.record import LatencyComparison, ModelArm  # noqa: E402
-from edgepose.profiler.timing.turns import time_in_turns  # noqa: E402
 from edgepose.recipe import QuantiseAfterTraining, load_recipe  # noqa: E402
 from edgepose.runtime import open_session  # noqa: E402
 from edgepose.spec import Backend, ModelSpec  # noqa: E402
 from edgepose.stages.cache import StageKey, run_stage  # noqa: E402
 from edgepose.stages.precisions import Timer  # noqa: E402
 from edgepose.storage import atomic_json  # noqa: E402
+from edgepose.timing.record import LatencyComparison, ModelArm  # noqa: E402
+from edgepose.timing.turns import time_in_turns  # noqa: E402
 
 BACKENDS: tuple[Backend, ...] = ("onnxruntime", "openvino")
 FLOAT, OURS, TRAINED = "FP32", "edgepose, PTQ", "edgepose, QAT"

@@ -14,10 +14,10 @@ from benchmarks.claim import Measured
 from benchmarks.context import THREADS, Context
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.bundle import Bundle, check_engine
-from edgepose.estimator import choose_engine
-from edgepose.profiler.record import Arm, CallableArm, LatencyComparison, LatencyProtocol, ModelArm
-from edgepose.profiler.timing.pairs import compare_latency
+from edgepose.engines import choose_engine
 from edgepose.spec import Backend
+from edgepose.timing.pairs import compare_latency
+from edgepose.timing.record import Arm, CallableArm, LatencyComparison, LatencyProtocol, ModelArm
 
 
 def ort_arms(label: str, bundle: Bundle) -> tuple[ModelArm, ...]:

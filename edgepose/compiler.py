@@ -23,7 +23,6 @@ from edgepose.data.splits import image_digests, people_for
 from edgepose.errors import AnnotationError, CheckpointError, UsageError
 from edgepose.host import cache_directory, fingerprint
 from edgepose.pose.codec import decode
-from edgepose.profiler.timing.turns import time_in_turns
 from edgepose.profiles import load_target
 from edgepose.recipe import Recipe
 from edgepose.spec import ModelSpec
@@ -48,6 +47,7 @@ from edgepose.stages.latency import Form, form_of, measure_achieved, of_order
 from edgepose.stages.precisions import Contest, Timer, contests, settle
 from edgepose.stages.settings import Plan, PruneStage, QuantiseStage, plan_of
 from edgepose.stages.source import Network, Source
+from edgepose.timing.turns import time_in_turns
 from edgepose.training.config import TrainConfig
 
 __all__ = ["CompileRequest", "CompileResult", "Network", "Observer", "Source", "compile_bundle", "planned_stages"]

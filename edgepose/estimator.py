@@ -6,9 +6,8 @@ neither kept nor changed.
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -16,29 +15,19 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgepose.bundle import Bundle, check_engine, read_bundle
-from edgepose.errors import (
-    AnnotationError,
-    BackendUnavailable,
-    EnvironmentFault,
-    ImageError,
-    IntegrityError,
-    MissingDependency,
-    SpecError,
-    UsageError,
-)
+from edgepose.bundle import read_bundle
+from edgepose.engines import open_first, runnable_engines
+from edgepose.errors import AnnotationError, ImageError, SpecError
 from edgepose.pose.codec import decode, named_output, output_names, people_candidates
 from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order
 from edgepose.pose.one_stage import owners, people_of
 from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
-from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
-from edgepose.runtime.provenance import ForeignEngine
+from edgepose.runtime import Session
 from edgepose.spec import Backend, Engine, Execution, ModelSpec, OneStage, Poses, Precision, Regression
 
 MAX_BATCH = 64
 """People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
 
-_log = logging.getLogger("edgepose")
 _LARGEST = float(np.finfo(np.float32).max)  # poses carry their boxes as float32
 _MAX_SIDE_PX = 32766  # OpenCV's warp counts source pixels in 16 bits
 
@@ -126,8 +115,8 @@ class PoseEstimator:
             EnvironmentFault: No suitable runtime is installed here; the text names the extras to install.
         """
         bundle = read_bundle(path)
-        candidates = _candidates(bundle, backend, precision)
-        opened = _open_first(bundle, candidates, threads, execution, named=backend is not None)
+        candidates = runnable_engines(bundle, backend, precision)
+        opened = open_first(bundle, candidates, threads, execution, named=backend is not None)
         engine, session = opened.engine, opened.session
         try:
             estimator = cls(session, bundle.manifest.spec, backend=engine.backend, flip_test=flip_test)
@@ -273,111 +262,6 @@ class _Found(NamedTuple):
     scores: NDArray[np.float32]
     visibility: NDArray[np.float32] | None
     errors_px: NDArray[Any] | None
-
-
-def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Precision | None = None) -> Engine:
-    """The engine that `PoseEstimator.from_bundle` would run.
-
-    Args:
-        bundle: The bundle.
-        backend: Take only engines of this runtime; one that cannot be executed is then chosen as well, so that opening
-            it says why.
-        precision: Take only engines of this precision.
-
-    Raises:
-        UsageError: The bundle has no engine of that backend and precision.
-        MissingDependency: `backend` is not installed.
-        BackendUnavailable: None of the bundle's backends is installed, or none works here.
-        IntegrityError: All that could run are for other machines.
-    """
-    candidates = _candidates(bundle, backend, precision)
-    if backend is not None or candidates[0].backend in EXECUTABLE:
-        return candidates[0]
-    opened = _open_first(
-        bundle, candidates, None, None, named=False
-    )  # whether an engine of TensorRT runs, opening it tells
-    opened.session.close()
-    return opened.engine
-
-
-class _Opened(NamedTuple):
-    """A loaded engine, the threads it was opened with, and why those before it are not run."""
-
-    engine: Engine
-    session: Session
-    threads: int
-    passed_over: tuple[str, ...]
-
-
-def engines_of(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
-    """A bundle's engines of a runtime and a precision, in its order; at least one.
-
-    Raises:
-        UsageError: It has none of these.
-    """
-    engines = bundle.manifest.engines
-    wanted = tuple(e for e in engines if backend in (None, e.backend) and precision in (None, e.precision))
-    if not wanted:
-        there = ", ".join(sorted({f"{e.backend} {e.precision}" for e in engines})) or "no engines at all"
-        expected = " ".join(filter(None, (backend, precision))) or "at least one engine"
-        fix = "choose one of these, or compile for that one"
-        raise UsageError(f"bundle {bundle.root}", found=there, expected=expected, fix=fix)
-    return wanted
-
-
-def _candidates(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
-    """The engines asked for whose runtime is installed, in the bundle's order; at least one."""
-    where, wanted = f"bundle {bundle.root}", engines_of(bundle, backend, precision)
-    installed = installed_backends()
-    found = tuple(engine for engine in wanted if engine.backend in installed)
-    if found:
-        return found
-    if backend is not None:
-        raise MissingDependency(backend, extra=extra_of(backend), needed_for=f"running the {backend} engine of {where}")
-    raise _nothing_installed(where, wanted)
-
-
-def _open_first(
-    bundle: Bundle, candidates: Sequence[Engine], threads: int | None, execution: Execution | None, *, named: bool
-) -> _Opened:
-    """Opens the first that runs here.
-
-    Args:
-        bundle: Where they lie.
-        candidates: In order of preference, at least one.
-        threads: Threads of one inference; None takes what each engine was made for.
-        execution: The rest; None takes what each engine was made for.
-        named: Whether the user asked for this backend, so that nothing else may be run instead of the first.
-    """
-    faults: list[IntegrityError | EnvironmentFault] = []
-    for engine in candidates:
-        file = check_engine(bundle, engine)
-        used = engine.threads if threads is None else threads
-        try:
-            session = open_session(
-                file,
-                engine.backend,
-                threads=used,
-                precision=engine.precision,
-                execution=execution or engine.execution,
-            )
-        except (ForeignEngine, EnvironmentFault) as err:
-            if named:
-                raise
-            faults.append(err)
-            continue
-        for fault in faults:
-            _log.warning("%s; running %s %s meanwhile", fault, engine.backend, engine.precision)
-        return _Opened(engine, session, used, tuple(map(str, faults)))
-    raise faults[0]
-
-
-def _nothing_installed(where: str, wanted: Sequence[Engine]) -> BackendUnavailable:
-    backends = list(dict.fromkeys(engine.backend for engine in wanted))
-    found = f"engines of {', '.join(backends)}, and no runtime installed that executes one of them"
-    commands = " or ".join(f"pip install 'edgepose[{extra_of(backend)}]'" for backend in backends)
-    build = "" if set(backends) & set(EXECUTABLE) else f", or build the bundle for {' or '.join(EXECUTABLE)}"
-    return BackendUnavailable(where, found=found, fix=f"run: {commands}{build}")
 
 
 def _check_session(session: Session, spec: ModelSpec) -> int:

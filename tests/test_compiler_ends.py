@@ -15,12 +15,12 @@ from edgepose.data.coco import dataset, read_image
 from edgepose.estimator import PoseEstimator
 from edgepose.golden import check_golden
 from edgepose.pose.flip import mirror_order
-from edgepose.profiler.record import ProfileProtocol
-from edgepose.profiler.timing.profile import profile
 from edgepose.rebuild import build_bundle
 from edgepose.recipe import Export
 from edgepose.runtime import EXECUTABLE, open_session
 from edgepose.spec import Execution, Regression
+from edgepose.timing.profile import profile
+from edgepose.timing.record import ProfileProtocol
 from tests.tiny_checkpoint import Tiny, Watch, environment, quick
 
 _TARGET = """

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import edgepose
 from edgepose.bundle import Bundle
+from edgepose.engines import choose_engine
 from edgepose.errors import (
     AnnotationError,
     BackendUnavailable,
@@ -25,7 +26,7 @@ from edgepose.errors import (
     SpecError,
     UsageError,
 )
-from edgepose.estimator import MAX_BATCH, PoseEstimator, choose_engine
+from edgepose.estimator import MAX_BATCH, PoseEstimator
 from edgepose.pose.preprocess import crop_transforms
 from edgepose.runtime import EXECUTABLE
 from edgepose.spec import Heatmap, ModelSpec, Regression, TensorSpec

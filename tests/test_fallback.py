@@ -15,8 +15,9 @@ import pytest
 
 from edgepose.__main__ import main
 from edgepose.bundle import Bundle, EngineDraft, write_bundle
+from edgepose.engines import choose_engine
 from edgepose.errors import EnvironmentFault
-from edgepose.estimator import PoseEstimator, choose_engine
+from edgepose.estimator import PoseEstimator
 from edgepose.runtime.provenance import ForeignEngine, Provenance, companions, digest_of, write_engine
 from edgepose.runtime.tensorrt import engine_host
 from edgepose.runtime.trt_versions import TrtApi

@@ -36,8 +36,8 @@ from edgepose.errors import CheckpointError
 from edgepose.pose import metrics
 from edgepose.pose.preprocess import crop_transforms, to_source
 from edgepose.profiler.accuracy import summary
-from edgepose.profiler.stats import Interval
 from edgepose.spec import Preprocess
+from edgepose.stats import Interval
 
 RENDERED = "kpe-t-rendered"
 ORN, PLAIN, AUGMENTED = ("orn-s", "orn-s-seed1"), ("kpe-s", "kpe-s-seed1"), ("kpe-s-augmented",)

@@ -28,16 +28,16 @@ from benchmarks.subjects import (
     val_people,
 )
 from benchmarks.timing import engine_arm, ort_arms, speedup, torch_arms
+from edgepose import stats
 from edgepose.blocks.card import read_card
 from edgepose.blocks.zoo import find_checkpoint, zoo_names
 from edgepose.bundle import Bundle
 from edgepose.errors import CheckpointError
-from edgepose.profiler import stats
 from edgepose.profiler.accuracy import AccuracyRecord, person_sums, summary
 from edgepose.profiler.gate.judge import judge_accuracy
 from edgepose.profiler.gate.rules import AccuracyRule
-from edgepose.profiler.timing.turns import time_in_turns
 from edgepose.spec import Backend
+from edgepose.timing.turns import time_in_turns
 
 SMALL, TRAINED, CALIBRATED = "prune-qat-int8", "qat-int8", "ptq-int8"
 KPE, ORN, DEPTHWISE = "kpe-s", "orn-s", "kpe-t-inverted"

@@ -29,7 +29,7 @@ from edgepose.blocks.card import read_card
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.bundle import Bundle
 from edgepose.errors import EdgeposeError
-from edgepose.profiler.record import ModelArm
+from edgepose.timing.record import ModelArm
 
 NETWORK, COMPRESSING = "kpe-s", "prune-qat-int8"
 LOST_POINTS, SLOW_RATIO = 5.0, 1.10

@@ -26,11 +26,11 @@ from edgepose.profiler.gate.files import lines_from_verdict
 from edgepose.profiler.gate.rules import load_rules
 from edgepose.profiler.gate.run import GateRun, run_gate
 from edgepose.profiler.pages.report import Picture, Report, render_report
-from edgepose.profiler.record import ProfileProtocol, ProfileRecord
-from edgepose.profiler.timing.profile import profile
 from edgepose.recipe import load_recipe
 from edgepose.spec import Keypoints, Poses
 from edgepose.storage import atomic_write
+from edgepose.timing.profile import profile
+from edgepose.timing.record import ProfileProtocol, ProfileRecord
 
 EXAMPLES = ("edgepose demo", "edgepose demo --data lspet --model kpe-s")
 

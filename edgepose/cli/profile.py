@@ -22,8 +22,8 @@ from edgepose.cli.options import (
     checked_precision,
 )
 from edgepose.errors import UsageError
-from edgepose.profiler.record import ProfileProtocol, ProfileRecord
-from edgepose.profiler.timing.profile import profile as profile_bundle
+from edgepose.timing.profile import profile as profile_bundle
+from edgepose.timing.record import ProfileProtocol, ProfileRecord
 
 EXAMPLES = (
     "edgepose profile kpe-s.bundle",

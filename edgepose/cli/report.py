@@ -23,9 +23,9 @@ from edgepose.errors import BadInput, UsageError
 from edgepose.profiler.gate.verdict import Verdict
 from edgepose.profiler.pages.report import Report, render_report
 from edgepose.profiler.pages.stage_page import Scan, sensitivity_section, stage_sections
-from edgepose.profiler.record import ProfileRecord
 from edgepose.profiler.waterfall import Waterfall
 from edgepose.storage import atomic_write
+from edgepose.timing.record import ProfileRecord
 
 EXAMPLES = (
     "edgepose report kpe-s.bundle",

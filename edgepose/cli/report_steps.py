@@ -25,14 +25,14 @@ from edgepose.errors import BackendUnavailable, CheckpointError, IntegrityError,
 from edgepose.estimator import PoseEstimator
 from edgepose.host import physical_cores
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate
-from edgepose.profiler.record import Arm, CallableArm, LatencyProtocol, ModelArm
 from edgepose.profiler.slices import SliceRecord, lenders_of, measure_slices
-from edgepose.profiler.timing.turns import time_in_turns
 from edgepose.profiler.waterfall import Costs, Evidence, Latency, People, Waterfall, waterfall
 from edgepose.runtime import open_session
 from edgepose.spec import Engine
 from edgepose.stages.chain import FLOAT, Link, chain_of
 from edgepose.stages.source import Source
+from edgepose.timing.record import Arm, CallableArm, LatencyProtocol, ModelArm
+from edgepose.timing.turns import time_in_turns
 
 if TYPE_CHECKING:
     from torch import nn

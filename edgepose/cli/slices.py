@@ -41,8 +41,8 @@ from edgepose.profiler.slices import (
     together,
     visibility_quality,
 )
-from edgepose.profiler.stats import Interval
 from edgepose.spec import Keypoints, Preprocess
+from edgepose.stats import Interval
 from edgepose.storage import atomic_directory, atomic_write
 
 SlicesFlag = Annotated[

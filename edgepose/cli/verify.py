@@ -24,8 +24,8 @@ from edgepose.cli.options import (
     checked_backend,
     checked_execution,
 )
+from edgepose.engines import engines_of
 from edgepose.errors import BackendUnavailable, EnvironmentFault, IntegrityError, ParityError
-from edgepose.estimator import engines_of
 from edgepose.golden import KEYPOINTS, check_golden
 from edgepose.runtime import SessionFacts, facts_of, open_session
 from edgepose.runtime.provenance import ForeignEngine

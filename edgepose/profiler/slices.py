@@ -23,8 +23,8 @@ from edgepose.errors import AnnotationError, BadInput, SpecError, UsageError
 from edgepose.pose import metrics
 from edgepose.pose.calibration import auroc, expected_calibration_error
 from edgepose.profiler.accuracy import Estimator, Progress
-from edgepose.profiler.stats import Interval, paired_bootstrap
 from edgepose.spec import Keypoints
+from edgepose.stats import Interval, paired_bootstrap
 
 Joints = Literal["all", "hidden", "seen"]
 

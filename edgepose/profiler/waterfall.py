@@ -24,8 +24,8 @@ from edgepose.profiler.gate.judge import judge_accuracy, judge_joints
 from edgepose.profiler.gate.rules import AccuracyRule, GateRules
 from edgepose.profiler.gate.verdict import JointOutcome
 from edgepose.profiler.slices import Joints, SliceRecord, intervals, paired_difference, person_sums, shown_metrics
-from edgepose.profiler.stats import Interval
 from edgepose.spec import Keypoints
+from edgepose.stats import Interval
 
 Kind = Literal["control", "network", "onnx", "engine"]
 

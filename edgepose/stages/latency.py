@@ -19,18 +19,18 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
+from edgepose import stats
 from edgepose.compress.staircase import Effort, Timing
 from edgepose.errors import BackendUnavailable
 from edgepose.host import Fingerprint, fingerprint, physical_cores
-from edgepose.profiler import stats
-from edgepose.profiler.record import LatencyProtocol, ModelArm, call_times_ms
-from edgepose.profiler.timing.turns import Turns
 from edgepose.runtime import installed_backends
 from edgepose.spec import Backend, Precision
 from edgepose.stages.assemble import EngineOrder
 from edgepose.stages.cache import StageKey, StageResult, run_stage
 from edgepose.stages.precisions import Timer
 from edgepose.stages.settings import Plan
+from edgepose.timing.record import LatencyProtocol, ModelArm, call_times_ms
+from edgepose.timing.turns import Turns
 
 EFFORT = Effort(looks=(1, 3, 6), most_shapes=12)
 PLAN = "plan.json"

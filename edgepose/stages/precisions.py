@@ -17,14 +17,14 @@ from typing import Any, Literal, Protocol
 import msgspec
 import numpy as np
 
+from edgepose import stats
 from edgepose.errors import BackendUnavailable, UsageError
 from edgepose.host import Fingerprint, fingerprint, physical_cores
-from edgepose.profiler import stats
-from edgepose.profiler.record import Arm, LatencyComparison, LatencyProtocol, ModelArm
-from edgepose.profiler.timing.turns import Turns, time_in_turns
 from edgepose.spec import Backend, Precision, Target
 from edgepose.stages.assemble import EngineOrder, Work
 from edgepose.stages.cache import StageKey, StageResult
+from edgepose.timing.record import Arm, LatencyComparison, LatencyProtocol, ModelArm
+from edgepose.timing.turns import Turns, time_in_turns
 
 Wanted = tuple[Precision, ...] | Literal["auto"] | None
 """A recipe's `precisions`."""
@@ -40,7 +40,7 @@ _BF16_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
 class Timer(Protocol):
-    """Times arms in turns, as `edgepose.profiler.timing.turns.time_in_turns`."""
+    """Times arms in turns, as `edgepose.timing.turns.time_in_turns`."""
 
     def __call__(self, arms: Sequence[Arm], protocol: LatencyProtocol, *, first_group: int) -> Turns:
         """Times `protocol.pairs` groups."""

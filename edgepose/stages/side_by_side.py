@@ -31,7 +31,6 @@ from edgepose.export.ort import values_ort
 from edgepose.pose import metrics
 from edgepose.pose.codec import decode
 from edgepose.pose.preprocess import network_input, to_source
-from edgepose.profiler.stats import paired_bootstrap
 from edgepose.runtime import infer_all, open_session
 from edgepose.runtime.ort import OrtSession
 from edgepose.runtime.session import Session
@@ -40,6 +39,7 @@ from edgepose.stages.cache import StageResult
 from edgepose.stages.export import FLOAT_ONNX, MODEL, RANGES, ends_of
 from edgepose.stages.networks import load_network
 from edgepose.stages.source import Source
+from edgepose.stats import paired_bootstrap
 from edgepose.training.predict import Crops, cut_crops
 from edgepose.training.session import TorchSession
 

@@ -19,8 +19,8 @@ from edgepose.data.coco import PoseDataset
 from edgepose.profiler.accuracy import summary
 from tests.benchmarks.test_side_by_side import EQUAL, MORE, SAME, SLOW, row, table
 from tests.profiler.simulated import KEYPOINTS, record
-from tests.profiler.timing.fake_turns import FakeTimer
 from tests.test_compiler import compressed, copy_checkpoint
+from tests.timing.fake_turns import FakeTimer
 from tests.tiny_checkpoint import Compiled, Tiny
 
 BARS = {

@@ -12,7 +12,7 @@ from edgepose.blocks.kpe import build
 from edgepose.data.coco import dataset
 from edgepose.data.splits import split_train
 from edgepose.spec import Keypoints
-from tests.profiler.timing.fake_turns import FakeTimer
+from tests.timing.fake_turns import FakeTimer
 from tests.tiny_checkpoint import Tiny
 
 

@@ -26,8 +26,8 @@ from benchmarks.side_by_side import (
 )
 from benchmarks.subjects import METRIC
 from edgepose.data.coco import dataset
-from edgepose.profiler.record import LatencyProtocol
-from tests.profiler.timing.fake_turns import FakeTimer
+from edgepose.timing.record import LatencyProtocol
+from tests.timing.fake_turns import FakeTimer
 from tests.tiny_checkpoint import Compiled, Tiny, environment
 
 FAST, EQUAL, SLOW = (0.80, 0.85), (0.95, 1.05), (1.10, 1.20)

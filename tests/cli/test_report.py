@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgepose.cli import report_steps
-from edgepose.profiler.record import LatencyProtocol
+from edgepose.timing.record import LatencyProtocol
 from tests.cli.conftest import Cli
 from tests.profiler.pages.test_report import Page
 from tests.tiny_checkpoint import Compiled, Tiny

@@ -16,8 +16,8 @@ import pytest
 
 from edgepose.blocks.card import Card
 from edgepose.bundle import read_bundle, write_bundle
-from edgepose.profiler.record import ProfileRecord
 from edgepose.spec import Heatmap, Keypoints, Regression
+from edgepose.timing.record import ProfileRecord
 from tests.cli.conftest import TINY, Cli, disk_of
 from tests.fakes import spot_spec
 from tests.tiny_network import flip_a_byte, forge, spot_draft

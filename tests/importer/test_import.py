@@ -18,13 +18,13 @@ from edgepose.estimator import PoseEstimator
 from edgepose.golden import check_golden
 from edgepose.importer.bundle import ImportRequest, import_model
 from edgepose.importer.spec import parse_spec
-from edgepose.profiler.record import BundleArm
-from edgepose.profiler.timing.engine_stages import frame_stages
-from edgepose.profiler.timing.messages import Load
 from edgepose.rebuild import build_bundle
 from edgepose.runtime import open_session
 from edgepose.spec import Backend, ModelSpec
 from edgepose.stages.assemble import CompileResult
+from edgepose.timing.engine_stages import frame_stages
+from edgepose.timing.messages import Load
+from edgepose.timing.record import BundleArm
 from tests.importer import networks
 from tests.importer.conftest import STYLES, Exported
 from tests.tiny_checkpoint import Watch

@@ -10,7 +10,8 @@ import numpy as np
 
 from edgepose.host import Fingerprint, fingerprint
 from edgepose.profiler.accuracy import AccuracyRecord
-from edgepose.profiler.record import (
+from edgepose.spec import Keypoints
+from edgepose.timing.record import (
     ArmTrace,
     CallableArm,
     LatencyComparison,
@@ -21,7 +22,6 @@ from edgepose.profiler.record import (
     comparison_of,
     pack,
 )
-from edgepose.spec import Keypoints
 
 ARMS = (CallableArm("before", "simulated:before"), CallableArm("after", "simulated:after"))
 PROTOCOL = LatencyProtocol(pairs=6, blocks=40, dropped_blocks=0, threads=1)

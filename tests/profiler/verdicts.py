@@ -16,7 +16,7 @@ from edgepose.profiler.gate.verdict import (
     Verdict,
     overall,
 )
-from edgepose.profiler.record import LatencyProtocol
+from edgepose.timing.record import LatencyProtocol
 
 CONDITIONS = Conditions(
     baseline_digest="b" * 64,

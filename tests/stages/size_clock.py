@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 
 from edgepose.host import fingerprint
-from edgepose.profiler.record import Arm, ArmTrace, LatencyProtocol, ModelArm, pack
-from edgepose.profiler.timing.pairs import Group
-from edgepose.profiler.timing.turns import Turns
-from tests.profiler.timing.fake_turns import FACTS
+from edgepose.timing.pairs import Group
+from edgepose.timing.record import Arm, ArmTrace, LatencyProtocol, ModelArm, pack
+from edgepose.timing.turns import Turns
+from tests.timing.fake_turns import FACTS
 
 
 def weights_of(file: str) -> int:

@@ -20,7 +20,6 @@ from edgepose.compress.fold import fold_batch_norms
 from edgepose.compress.plan import plan_from_json
 from edgepose.errors import BackendUnavailable, RecipeError
 from edgepose.host import fingerprint
-from edgepose.profiler.timing.turns import time_in_turns
 from edgepose.profiles import load_target
 from edgepose.recipe import Prune, Recipe
 from edgepose.spec import Target
@@ -42,6 +41,7 @@ from edgepose.stages.latency import (
     staircase_of,
 )
 from edgepose.stages.settings import Plan, PruneStage, QuantiseStage
+from edgepose.timing.turns import time_in_turns
 from tests.stages.size_clock import SizeClock
 from tests.tiny_checkpoint import Tiny, Watch, environment
 from tests.training.dots import KEYPOINTS, dots, network

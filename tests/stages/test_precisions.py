@@ -14,7 +14,6 @@ from edgepose.compiler import CompileRequest, compile_bundle, planned_stages
 from edgepose.errors import BackendUnavailable, RecipeError, UsageError
 from edgepose.golden import check_golden
 from edgepose.host import fingerprint
-from edgepose.profiler.record import ModelArm
 from edgepose.profiles import load_target
 from edgepose.recipe import load_recipe
 from edgepose.runtime import open_session
@@ -23,7 +22,8 @@ from edgepose.stages import precisions
 from edgepose.stages.assemble import EngineOrder, engine_orders
 from edgepose.stages.cache import StageKey, StageResult, run_stage
 from edgepose.stages.precisions import contests, decide, settle
-from tests.profiler.timing.fake_turns import FakeTimer
+from edgepose.timing.record import ModelArm
+from tests.timing.fake_turns import FakeTimer
 from tests.tiny_checkpoint import Compiled, Watch, quick
 
 ANY_CPU = Target("any", "d", ("onnxruntime", "openvino"), ("fp32", "bf16", "int8"), threads=1)

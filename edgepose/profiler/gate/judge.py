@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from edgepose import stats
 from edgepose.errors import RecipeError, SpecError
 from edgepose.pose import metrics
-from edgepose.profiler import stats
 from edgepose.profiler.accuracy import AccuracyRecord, joint_errors, require_same_persons
 from edgepose.profiler.facts import allowance, known_fact, spelt, value_of
 from edgepose.profiler.gate.rules import AccuracyRule, GateRules, LatencyRule, LimitRule
@@ -34,8 +34,8 @@ from edgepose.profiler.gate.verdict import (
     in_order,
     overall,
 )
-from edgepose.profiler.record import LatencyComparison, change_percent, merged
 from edgepose.spec import Keypoints
+from edgepose.timing.record import LatencyComparison, change_percent, merged
 
 _DESIGN_EFFECT = 2.0  # joints of one person err together: so many of them weigh as much as one independent joint
 

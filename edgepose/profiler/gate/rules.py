@@ -12,9 +12,9 @@ import msgspec
 from edgepose.errors import RecipeError
 from edgepose.pose.metrics import METRICS
 from edgepose.profiler.facts import FACTS, FAMILIES, known_fact
-from edgepose.profiler.record import LatencyProtocol
 from edgepose.profiles import find_profile
 from edgepose.strict_yaml import read_yaml
+from edgepose.timing.record import LatencyProtocol
 
 Points = Annotated[float, msgspec.Meta(ge=0, le=100)]
 Share = Annotated[float, msgspec.Meta(ge=0)]

@@ -14,17 +14,18 @@ import numpy as np
 
 from edgepose.bundle import Bundle, read_bundle
 from edgepose.data.coco import PoseDataset
+from edgepose.engines import choose_engine
 from edgepose.errors import SpecError
-from edgepose.estimator import PoseEstimator, choose_engine
+from edgepose.estimator import PoseEstimator
 from edgepose.host import fingerprint
 from edgepose.profiler.accuracy import AccuracyRecord, evaluate
 from edgepose.profiler.facts import FACTS, Fact, bundle_facts
 from edgepose.profiler.gate.judge import ArmEvidence, PairEvidence, decide, judge_limits, latency_zone, missing_evidence
 from edgepose.profiler.gate.rules import GateRules, LatencyRule, check_rules, protocol_of
 from edgepose.profiler.gate.verdict import Conditions, Verdict
-from edgepose.profiler.record import BundleArm, LatencyComparison, merged
-from edgepose.profiler.timing.pairs import compare_latency
 from edgepose.spec import Backend, Engine, Keypoints, Precision
+from edgepose.timing.pairs import compare_latency
+from edgepose.timing.record import BundleArm, LatencyComparison, merged
 
 _OF_FILES = Fact("count")
 

@@ -24,7 +24,7 @@ from edgepose.profiler.gate.verdict import (
     Verdict,
     word_of,
 )
-from edgepose.profiler.record import change_percent
+from edgepose.timing.record import change_percent
 
 HEAD = ("", "check", "baseline", "candidate", "change", "95 % bounds", "allowed")
 _FACTS_SHOWN = 40  # of those that differ: a summary is read by people

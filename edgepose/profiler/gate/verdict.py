@@ -13,7 +13,7 @@ import msgspec
 
 from edgepose.errors import AccuracyRegression, Inconclusive, LatencyRegression, NoisyMachine
 from edgepose.profiler.facts import Unit
-from edgepose.profiler.record import LatencyProtocol
+from edgepose.timing.record import LatencyProtocol
 
 Outcome = Literal["pass", "warn", "fail", "inconclusive"]
 

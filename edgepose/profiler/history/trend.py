@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepose import stats
 from edgepose.errors import AccuracyRegression, BadInput, LatencyRegression, MissingDependency
-from edgepose.profiler import stats
 from edgepose.profiler.facts import FACTS
 from edgepose.profiler.gate.rules import TrendRule
 from edgepose.profiler.history.baselines import Key, Point, Scale, comparable

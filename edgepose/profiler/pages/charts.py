@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgepose.profiler.gate.verdict import JointOutcome, LatencyOutcome
 from edgepose.profiler.pages.svg import WIDTH, Scale, line, rect, scale, svg, text, ticks
-from edgepose.profiler.record import LatencyComparison, change_percent
+from edgepose.timing.record import LatencyComparison, change_percent
 
 _BINS = 60
 _SHOWN_QUANTILE = 0.99  # histograms end here; what lies beyond is counted in words

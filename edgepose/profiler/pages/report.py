@@ -21,8 +21,8 @@ from edgepose.profiler.gate.verdict import AccuracyOutcome, JointOutcome, Latenc
 from edgepose.profiler.pages.charts import histogram_chart, joint_chart, ratio_chart, stage_chart
 from edgepose.profiler.pages.markup import badge, data_uri, section, table
 from edgepose.profiler.pages.waterfall_page import waterfall_sections
-from edgepose.profiler.record import LatencyComparison, ProfileRecord, call_times_ms, change_percent
 from edgepose.profiler.waterfall import Waterfall
+from edgepose.timing.record import LatencyComparison, ProfileRecord, call_times_ms, change_percent
 
 _WORDS = {
     "pass": "Pass",

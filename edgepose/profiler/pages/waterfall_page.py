@@ -12,8 +12,8 @@ from html import escape
 from edgepose.profiler.pages.charts import joint_chart
 from edgepose.profiler.pages.markup import section, table
 from edgepose.profiler.pages.step_charts import Bar, waterfall_chart
-from edgepose.profiler.stats import Interval
 from edgepose.profiler.waterfall import Change, Latency, SliceFigures, Step, Waterfall
+from edgepose.stats import Interval
 
 _OPEN = 2  # metrics whose chart and table are not folded
 

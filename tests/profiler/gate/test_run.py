@@ -17,8 +17,8 @@ from edgepose.data.coco import PoseDataset, read_coco
 from edgepose.errors import RecipeError, SpecError, UsageError
 from edgepose.profiler.gate.rules import AccuracyRule, GateRules, LatencyRule, LimitRule
 from edgepose.profiler.gate.run import GateOptions, run_gate
-from edgepose.profiler.record import ProfileProtocol, ProfileRecord
-from edgepose.profiler.timing.profile import profile
+from edgepose.timing.profile import profile
+from edgepose.timing.record import ProfileProtocol, ProfileRecord
 from tests.fakes import spot_frame
 from tests.tiny_network import spot_bundle, spot_draft, spot_onnx
 

@@ -24,7 +24,7 @@ from edgepose.profiler.history.baselines import (
     points_of,
     read_series,
 )
-from edgepose.profiler.record import LatencyProtocol
+from edgepose.timing.record import LatencyProtocol
 from tests.profiler.verdicts import BAD, CONDITIONS, GOOD, REFUSED, accuracy, latency, size, verdict
 
 DEVICE = "box"

@@ -14,7 +14,7 @@ from edgepose.profiler.gate.judge import ArmEvidence, PairEvidence, decide
 from edgepose.profiler.gate.rules import GateRules
 from edgepose.profiler.gate.run import gather_latency
 from edgepose.profiler.pages.report import Picture, Report, render_report
-from edgepose.profiler.record import ProfileProtocol, ProfileRecord, pack, percentiles
+from edgepose.timing.record import ProfileProtocol, ProfileRecord, pack, percentiles
 from tests.profiler.simulated import KEYPOINTS, Machine, host, record, worker_facts
 
 JPEG = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()

@@ -13,11 +13,11 @@ import numpy as np
 
 from edgepose import host
 from edgepose.bundle import read_bundle
-from edgepose.estimator import choose_engine
-from edgepose.profiler.record import BundleArm, ProfileProtocol, ProfileRecord, pack, percentiles
-from edgepose.profiler.timing.messages import Load
-from edgepose.profiler.timing.pairs import load_average, running_worker
+from edgepose.engines import choose_engine
 from edgepose.spec import Backend, Precision
+from edgepose.timing.messages import Load
+from edgepose.timing.pairs import load_average, running_worker
+from edgepose.timing.record import BundleArm, ProfileProtocol, ProfileRecord, pack, percentiles
 
 _SLICE_S = 0.25  # between two progress reports
 

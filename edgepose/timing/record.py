@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepose import stats
 from edgepose.errors import BadInput
 from edgepose.host import Fingerprint
-from edgepose.profiler import stats
 from edgepose.spec import Backend, Precision
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]

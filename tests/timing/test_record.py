@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from edgepose.errors import BadInput
-from edgepose.profiler.record import (
+from edgepose.timing.record import (
     Arm,
     BundleArm,
     CallableArm,

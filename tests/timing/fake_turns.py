@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgepose.host import fingerprint
-from edgepose.profiler.record import Arm, ArmTrace, LatencyProtocol, ModelArm, WorkerFacts, pack
-from edgepose.profiler.timing.pairs import Group
-from edgepose.profiler.timing.turns import Turns
+from edgepose.timing.pairs import Group
+from edgepose.timing.record import Arm, ArmTrace, LatencyProtocol, ModelArm, WorkerFacts, pack
+from edgepose.timing.turns import Turns
 
 FACTS = WorkerFacts(1.0, 1.0, 1, 1, 1, 1, 1, 0, 0, "fake")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgepose.errors import BadInput
-from edgepose.profiler.timing import harness
+from edgepose.timing import harness
 
 
 class FakeClock:

@@ -25,18 +25,8 @@ from numpy.typing import NDArray
 
 from edgepose import host
 from edgepose.errors import EdgeposeError, EnvironmentFault
-from edgepose.profiler.record import (
-    Arm,
-    ArmTrace,
-    LatencyComparison,
-    LatencyProtocol,
-    PairTrace,
-    WorkerFacts,
-    comparison_of,
-    pack,
-)
-from edgepose.profiler.timing import harness
-from edgepose.profiler.timing.messages import (
+from edgepose.timing import harness
+from edgepose.timing.messages import (
     Failed,
     Finish,
     Finished,
@@ -49,6 +39,16 @@ from edgepose.profiler.timing.messages import (
     Timed,
     receive_reply,
     send,
+)
+from edgepose.timing.record import (
+    Arm,
+    ArmTrace,
+    LatencyComparison,
+    LatencyProtocol,
+    PairTrace,
+    WorkerFacts,
+    comparison_of,
+    pack,
 )
 
 Progress = Callable[[int, int], None]
@@ -157,7 +157,7 @@ def running_worker(label: str, *, threads: int, timeout_s: float) -> Iterator[Wo
     """
     environment = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(threads))
     environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    command = [sys.executable, "-m", "edgepose.profiler.timing.worker", str(time.perf_counter_ns())]
+    command = [sys.executable, "-m", "edgepose.timing.worker", str(time.perf_counter_ns())]
     with contextlib.ExitStack() as stack:
         stderr = stack.enter_context(tempfile.TemporaryFile())
         try:

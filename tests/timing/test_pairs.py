@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from edgepose.errors import BadInput, EnvironmentFault, MissingDependency
-from edgepose.profiler.record import (
+from edgepose.timing.messages import Load, receive_reply, send
+from edgepose.timing.pairs import compare_latency, running_worker
+from edgepose.timing.record import (
     BundleArm,
     CallableArm,
     LatencyComparison,
@@ -23,12 +25,10 @@ from edgepose.profiler.record import (
     call_times_ms,
     merged,
 )
-from edgepose.profiler.timing.messages import Load, receive_reply, send
-from edgepose.profiler.timing.pairs import compare_latency, running_worker
 from tests.tiny_network import spot_bundle
 
 ARMS = str(Path(__file__).with_name("arms.py"))
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SHORT = LatencyProtocol(
     pairs=1, blocks=5, dropped_blocks=1, block_ms=2.0, warm_up_ms=1.0, threads=1, seed=3, timeout_s=60.0
 )
@@ -43,7 +43,7 @@ def children() -> set[str]:
     listed = subprocess.run(
         ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False
     )
-    return {line.split()[0] for line in listed.stdout.splitlines() if "edgepose.profiler.timing.worker" in line}
+    return {line.split()[0] for line in listed.stdout.splitlines() if "edgepose.timing.worker" in line}
 
 
 def test_slower_arm_shows_its_ratio_and_every_sample_is_kept() -> None:
@@ -148,8 +148,8 @@ def test_a_waiting_worker_uses_no_processor_time() -> None:
 
 def test_ctrl_c_leaves_no_worker_behind(tmp_path: Path) -> None:
     program = (
-        "from tests.profiler.timing.test_pairs import SHORT, arm\n"
-        "from edgepose.profiler.timing.pairs import compare_latency\n"
+        "from tests.timing.test_pairs import SHORT, arm\n"
+        "from edgepose.timing.pairs import compare_latency\n"
         "import msgspec\n"
         f"arms = [arm('tells_environment', n, path={str(tmp_path)!r}) for n in 'ab']\n"
         "compare_latency(*arms, msgspec.structs.replace(SHORT, blocks=100000))\n"

@@ -13,8 +13,8 @@ import msgspec
 
 from edgepose import host
 from edgepose.errors import BadInput
-from edgepose.profiler.record import Arm, LatencyComparison, LatencyProtocol, comparison_of
-from edgepose.profiler.timing.pairs import Group, Progress, measure_groups
+from edgepose.timing.pairs import Group, Progress, measure_groups
+from edgepose.timing.record import Arm, LatencyComparison, LatencyProtocol, comparison_of
 
 
 @dataclass(frozen=True, slots=True)

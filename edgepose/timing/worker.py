@@ -3,7 +3,7 @@
 Invariant: a worker that waits uses no processor time of its own making: it is blocked in a read of its pipe. It ends
 when that pipe closes, so it never outlives the process that started it.
 
-Started as `python -m edgepose.profiler.timing.worker` by `edgepose.profiler.timing.pairs`. Requests arrive on the
+Started as `python -m edgepose.timing.worker` by `edgepose.timing.pairs`. Requests arrive on the
 standard input and replies leave on what was the standard output; whatever libraries print goes to the standard error.
 """
 
@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from edgepose.errors import EdgeposeError, UsageError
-from edgepose.profiler.record import WorkerFacts
-from edgepose.profiler.timing import harness
-from edgepose.profiler.timing.messages import (
+from edgepose.telemetry import block_telemetry
+from edgepose.timing import harness
+from edgepose.timing.messages import (
     Failed,
     Finish,
     Finished,
@@ -38,8 +38,8 @@ from edgepose.profiler.timing.messages import (
     receive_request,
     send,
 )
-from edgepose.profiler.timing.workload import Workload, open_workload
-from edgepose.telemetry import block_telemetry
+from edgepose.timing.record import WorkerFacts
+from edgepose.timing.workload import Workload, open_workload
 
 _WARM_UP_CALLS = 3
 _CLOCK = time.perf_counter_ns

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from edgepose.profiler.record import Arm, WorkerFacts
+from edgepose.timing.record import Arm, WorkerFacts
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 from edgepose.errors import UsageError
-from edgepose.profiler.record import BundleArm, CallableArm, ModelArm
-from edgepose.profiler.timing.harness import Stage
-from edgepose.profiler.timing.messages import Load
+from edgepose.timing.harness import Stage
+from edgepose.timing.messages import Load
+from edgepose.timing.record import BundleArm, CallableArm, ModelArm
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def open_workload(request: Load) -> Workload:
     """
     match request.arm:
         case BundleArm() | ModelArm() as arm:
-            from edgepose.profiler.timing.engine_stages import open_engine
+            from edgepose.timing.engine_stages import open_engine
 
             engine = open_engine(arm, request)
             return Workload(engine.stages, engine.backend, engine.session.close, engine.people)

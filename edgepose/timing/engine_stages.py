@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepose.bundle import check_engine, read_bundle
+from edgepose.engines import choose_engine
 from edgepose.errors import IntegrityError
-from edgepose.estimator import choose_engine
 from edgepose.pose.codec import decode, people_candidates
 from edgepose.pose.one_stage import people_of
 from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
-from edgepose.profiler.record import BundleArm, ModelArm
-from edgepose.profiler.timing.harness import Stage
-from edgepose.profiler.timing.messages import Load
 from edgepose.runtime import Session, open_session
 from edgepose.spec import Execution, ModelSpec, OneStage, OrtOptions, TensorSpec
+from edgepose.timing.harness import Stage
+from edgepose.timing.messages import Load
+from edgepose.timing.record import BundleArm, ModelArm
 
 _FREE_SIDE = 256  # of a free dimension that is not the batch; only networks without a fixed input size have one
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from edgepose.errors import BadInput, EnvironmentFault
-from edgepose.profiler.record import CallableArm, LatencyComparison, call_times_ms
-from edgepose.profiler.timing.turns import time_in_turns
-from tests.profiler.timing.fake_turns import FakeTimer
-from tests.profiler.timing.test_pairs import SHORT, arm, children
+from edgepose.timing.record import CallableArm, LatencyComparison, call_times_ms
+from edgepose.timing.turns import time_in_turns
+from tests.timing.fake_turns import FakeTimer
+from tests.timing.test_pairs import SHORT, arm, children
 
 FAKES = tuple(CallableArm(name, "nowhere:nothing") for name in "abc")
 

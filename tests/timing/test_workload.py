@@ -9,11 +9,11 @@ import pytest
 
 from edgepose.errors import IntegrityError, UsageError
 from edgepose.estimator import PoseEstimator
-from edgepose.profiler.record import BundleArm, CallableArm
-from edgepose.profiler.timing.engine_stages import FrameCall, open_engine, synthetic_feeds, synthetic_frame
-from edgepose.profiler.timing.messages import Load
-from edgepose.profiler.timing.workload import open_workload
 from edgepose.spec import TensorSpec
+from edgepose.timing.engine_stages import FrameCall, open_engine, synthetic_feeds, synthetic_frame
+from edgepose.timing.messages import Load
+from edgepose.timing.record import BundleArm, CallableArm
+from edgepose.timing.workload import open_workload
 from tests.fakes import FakeSession, spot_spec
 from tests.tiny_network import spot_bundle
 
@@ -25,7 +25,7 @@ def load(arm: CallableArm | BundleArm, batch: int = 2) -> Load:
 
 
 def test_a_factory_is_found_in_a_module_or_a_file_and_given_its_arguments() -> None:
-    for place in ("tests.profiler.timing.arms", str(ARMS)):
+    for place in ("tests.timing.arms", str(ARMS)):
         workload = open_workload(load(CallableArm("x", f"{place}:sleeper", {"milliseconds": 0})))
         ((name, call),) = workload.stages
         assert name == "call"

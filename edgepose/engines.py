@@ -1,0 +1,131 @@
+"""Which of a bundle's engines run here: those asked for, those whose runtime is installed, the first that opens.
+
+Invariant: an engine is opened only after its digest was checked, and never instead of one that the caller named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from edgepose.bundle import Bundle, check_engine
+from edgepose.errors import BackendUnavailable, EnvironmentFault, IntegrityError, MissingDependency, UsageError
+from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
+from edgepose.runtime.provenance import ForeignEngine
+from edgepose.spec import Backend, Engine, Execution, Precision
+
+_log = logging.getLogger("edgepose")
+
+
+def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Precision | None = None) -> Engine:
+    """The engine that `PoseEstimator.from_bundle` would run.
+
+    Args:
+        bundle: The bundle.
+        backend: Take only engines of this runtime; one that cannot be executed is then chosen as well, so that opening
+            it says why.
+        precision: Take only engines of this precision.
+
+    Raises:
+        UsageError: The bundle has no engine of that backend and precision.
+        MissingDependency: `backend` is not installed.
+        BackendUnavailable: None of the bundle's backends is installed, or none works here.
+        IntegrityError: All that could run are for other machines.
+    """
+    candidates = runnable_engines(bundle, backend, precision)
+    if backend is not None or candidates[0].backend in EXECUTABLE:
+        return candidates[0]
+    opened = open_first(bundle, candidates, None, None, named=False)  # of TensorRT's engines only opening them tells
+    opened.session.close()
+    return opened.engine
+
+
+class Opened(NamedTuple):
+    """A loaded engine, the threads it was opened with, and why those before it are not run."""
+
+    engine: Engine
+    session: Session
+    threads: int
+    passed_over: tuple[str, ...]
+
+
+def engines_of(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
+    """A bundle's engines of a runtime and a precision, in its order; at least one.
+
+    Raises:
+        UsageError: It has none of these.
+    """
+    engines = bundle.manifest.engines
+    wanted = tuple(e for e in engines if backend in (None, e.backend) and precision in (None, e.precision))
+    if not wanted:
+        there = ", ".join(sorted({f"{e.backend} {e.precision}" for e in engines})) or "no engines at all"
+        expected = " ".join(filter(None, (backend, precision))) or "at least one engine"
+        fix = "choose one of these, or compile for that one"
+        raise UsageError(f"bundle {bundle.root}", found=there, expected=expected, fix=fix)
+    return wanted
+
+
+def runnable_engines(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
+    """The engines asked for whose runtime is installed, in the bundle's order; at least one.
+
+    Raises:
+        UsageError: The bundle has no engine of that backend and precision.
+        MissingDependency: `backend` is not installed.
+        BackendUnavailable: None of the bundle's backends is.
+    """
+    where, wanted = f"bundle {bundle.root}", engines_of(bundle, backend, precision)
+    installed = installed_backends()
+    found = tuple(engine for engine in wanted if engine.backend in installed)
+    if found:
+        return found
+    if backend is not None:
+        raise MissingDependency(backend, extra=extra_of(backend), needed_for=f"running the {backend} engine of {where}")
+    raise _nothing_installed(where, wanted)
+
+
+def open_first(
+    bundle: Bundle, candidates: Sequence[Engine], threads: int | None, execution: Execution | None, *, named: bool
+) -> Opened:
+    """Opens the first that runs here.
+
+    Args:
+        bundle: Where they lie.
+        candidates: In order of preference, at least one.
+        threads: Threads of one inference; None takes what each engine was made for.
+        execution: The rest; None takes what each engine was made for.
+        named: Whether the user asked for this backend, so that nothing else may be run instead of the first.
+
+    Raises:
+        IntegrityError: An engine was changed since the bundle was written, or all of them are for other machines.
+        EnvironmentFault: None of them can be loaded here.
+    """
+    faults: list[IntegrityError | EnvironmentFault] = []
+    for engine in candidates:
+        file = check_engine(bundle, engine)
+        used = engine.threads if threads is None else threads
+        try:
+            session = open_session(
+                file,
+                engine.backend,
+                threads=used,
+                precision=engine.precision,
+                execution=execution or engine.execution,
+            )
+        except (ForeignEngine, EnvironmentFault) as err:
+            if named:
+                raise
+            faults.append(err)
+            continue
+        for fault in faults:
+            _log.warning("%s; running %s %s meanwhile", fault, engine.backend, engine.precision)
+        return Opened(engine, session, used, tuple(map(str, faults)))
+    raise faults[0]
+
+
+def _nothing_installed(where: str, wanted: Sequence[Engine]) -> BackendUnavailable:
+    backends = list(dict.fromkeys(engine.backend for engine in wanted))
+    found = f"engines of {', '.join(backends)}, and no runtime installed that executes one of them"
+    commands = " or ".join(f"pip install 'edgepose[{extra_of(backend)}]'" for backend in backends)
+    build = "" if set(backends) & set(EXECUTABLE) else f", or build the bundle for {' or '.join(EXECUTABLE)}"
+    return BackendUnavailable(where, found=found, fix=f"run: {commands}{build}")
