@@ -173,7 +173,7 @@ def bundle_record(context: Context, bundle: Bundle, backend: Backend) -> Accurac
     """What an engine of a bundle predicts on val."""
 
     def work() -> AccuracyRecord:
-        with PoseEstimator.from_bundle(bundle.root, backend, THREADS) as estimator:
+        with PoseEstimator.from_bundle(bundle.root, backend, THREADS, aim="none") as estimator:
             told = context.step(f"predicting with {bundle.manifest.name} in {backend}")
             return evaluate(estimator, val_people(context), progress=told)
 

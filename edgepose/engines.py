@@ -36,9 +36,24 @@ def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Pre
     candidates = runnable_engines(bundle, backend, precision)
     if backend is not None or candidates[0].backend in EXECUTABLE:
         return candidates[0]
-    opened = open_first(bundle, candidates, None, None, named=False)  # of TensorRT's engines only opening them tells
+    opened = open_first(
+        bundle, [(engine, None) for engine in candidates], None, named=False
+    )  # of TensorRT's engines only opening them tells
     opened.session.close()
     return opened.engine
+
+
+def named_engine(bundle: Bundle, path: str, backend: Backend | None = None) -> Engine:
+    """The engine at a path of the bundle; `backend` tells apart those of two runtimes that share a file.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = next((e for e in bundle.manifest.engines if e.path == path and backend in (None, e.backend)), None)
+    if found is None:
+        there = ", ".join(engine.path for engine in bundle.manifest.engines)
+        raise UsageError(f"bundle {bundle.root}: engine", found=repr(path), expected=f"one of {there}")
+    return found
 
 
 class Opened(NamedTuple):
@@ -85,14 +100,14 @@ def runnable_engines(bundle: Bundle, backend: Backend | None, precision: Precisi
 
 
 def open_first(
-    bundle: Bundle, candidates: Sequence[Engine], threads: int | None, execution: Execution | None, *, named: bool
+    bundle: Bundle, candidates: Sequence[tuple[Engine, int | None]], execution: Execution | None, *, named: bool
 ) -> Opened:
     """Opens the first that runs here.
 
     Args:
         bundle: Where they lie.
-        candidates: In order of preference, at least one.
-        threads: Threads of one inference; None takes what each engine was made for.
+        candidates: Engines and the threads of one inference, in order of preference, at least one; None takes what the
+            engine was made for.
         execution: The rest; None takes what each engine was made for.
         named: Whether the user asked for this backend, so that nothing else may be run instead of the first.
 
@@ -101,7 +116,7 @@ def open_first(
         EnvironmentFault: None of them can be loaded here.
     """
     faults: list[IntegrityError | EnvironmentFault] = []
-    for engine in candidates:
+    for engine, threads in candidates:
         file = check_engine(bundle, engine)
         used = engine.threads if threads is None else threads
         try:

@@ -6,11 +6,12 @@ neither kept nor changed.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,12 +23,16 @@ from edgepose.pose.codec import decode, named_output, output_names, people_candi
 from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order
 from edgepose.pose.one_stage import owners, people_of
 from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
-from edgepose.runtime import Session
-from edgepose.spec import Backend, Engine, Execution, ModelSpec, OneStage, Poses, Precision, Regression
+from edgepose.runtime import Session, SessionFacts, facts_of
+from edgepose.spec import Aim, Backend, Engine, Execution, ModelSpec, OneStage, Poses, Precision, Regression
+
+if TYPE_CHECKING:
+    from edgepose.selection import Selection
 
 MAX_BATCH = 64
 """People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
 
+_log = logging.getLogger("edgepose")
 _LARGEST = float(np.finfo(np.float32).max)  # poses carry their boxes as float32
 _MAX_SIDE_PX = 32766  # OpenCV's warp counts source pixels in 16 bits
 
@@ -46,6 +51,8 @@ class EstimatorInfo:
         keypoints: Names, in output order.
         flip_test: Whether each crop is also shown mirrored and the two answers are averaged.
         passed_over: Why engines that the bundle prefers to this one do not run here, one line each.
+        selection: What was measured to choose it; None where nothing was.
+        facts: What the runtime itself says of it: which device executes which nodes; None where it does not tell.
     """
 
     name: str
@@ -57,6 +64,23 @@ class EstimatorInfo:
     keypoints: tuple[str, ...]
     flip_test: bool = False
     passed_over: tuple[str, ...] = ()
+    selection: Selection | None = None
+    facts: SessionFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatorOptions:
+    """What is seldom asked for when an estimator is opened.
+
+    Attributes:
+        flip_test: Show each crop mirrored as well and average the two answers: a little better, and twice the work.
+        execution: Providers, device and the rest; None takes what the engine was made for.
+        told: Told while engines are measured: what is measured, how many settings are done, how many there are.
+    """
+
+    flip_test: bool = False
+    execution: Execution | None = None
+    told: Callable[[str, int, int], None] | None = None
 
 
 class PoseEstimator:
@@ -92,10 +116,13 @@ class PoseEstimator:
         threads: int | None = None,
         precision: Precision | None = None,
         *,
-        flip_test: bool = False,
-        execution: Execution | None = None,
+        aim: Aim | Literal["none"] | None = None,
+        options: EstimatorOptions | None = None,
     ) -> Self:
-        """Loads the first engine of a bundle that this machine can execute.
+        """Loads the engine of a bundle that serves an aim best on this machine.
+
+        The first start with a bundle measures what there is to choose from, engines and numbers of threads, in
+        processes of their own, after a check on the golden vectors: seconds. Later starts remember (`selection`).
 
         An engine of another machine is passed over for the next one: a warning of the logger "edgepose" and
         `info().passed_over` name the field that differs and the command that builds it anew.
@@ -105,25 +132,37 @@ class PoseEstimator:
             backend: Take only engines of this runtime; one that does not run here is then an error.
             threads: Threads of one inference, 0 for all physical cores; None takes what the engine was made for.
             precision: Take only engines of this precision.
-            flip_test: Show each crop mirrored as well and average the two answers.
-            execution: Providers, device and the rest; None takes what the engine was made for.
+            aim: What to choose for: latency, throughput, memory, energy; "none" takes the first engine that runs, as
+                the bundle lists them, and measures nothing. None takes $EDGEPOSE_AIM, else latency.
+            options: What is seldom asked for; None takes the defaults.
 
         Raises:
-            BadInput: `path` is no bundle, none of its engines is of that backend and precision, or the flip test lacks
-                the keypoints' flip pairs.
+            BadInput: `path` is no bundle, none of its engines is of that backend and precision, there is no such aim,
+                or the flip test lacks the keypoints' flip pairs.
             IntegrityError: The engine was changed since the bundle was written, or all of them are for other machines.
             EnvironmentFault: No suitable runtime is installed here; the text names the extras to install.
         """
+        options = options or EstimatorOptions()
         bundle = read_bundle(path)
         candidates = runnable_engines(bundle, backend, precision)
-        opened = open_first(bundle, candidates, threads, execution, named=backend is not None)
+        wishes = [(engine, threads) for engine in candidates]
+        selection = None
+        if (wanted := aim or os.environ.get("EDGEPOSE_AIM") or "latency") != "none":
+            from edgepose.selection import Wishes, preferred  # what it measures with takes time to import
+
+            asked = Wishes(cast("Aim", wanted), threads, options.execution)  # an aim that is none is refused there
+            selection, wishes = preferred(bundle, candidates, asked, options.told)
+        opened = open_first(bundle, wishes, options.execution, named=backend is not None)
         engine, session = opened.engine, opened.session
         try:
-            estimator = cls(session, bundle.manifest.spec, backend=engine.backend, flip_test=flip_test)
+            estimator = cls(session, bundle.manifest.spec, backend=engine.backend, flip_test=options.flip_test)
         except BaseException:
             session.close()
             raise
         spec = bundle.manifest.spec
+        out = selection.passed_over if selection is not None and selection.best is not None else ()
+        for fault in out:
+            _log.warning("%s; running %s %s meanwhile", fault, engine.backend, engine.precision)
         estimator._info = EstimatorInfo(
             name=spec.name,
             backend=engine.backend,
@@ -132,8 +171,9 @@ class PoseEstimator:
             threads=opened.threads,
             input_hw=spec.preprocess.input_hw,
             keypoints=spec.keypoints.names,
-            flip_test=flip_test,
-            passed_over=opened.passed_over,
+            flip_test=options.flip_test,
+            passed_over=(*out, *opened.passed_over),
+            selection=selection,
         )
         return estimator
 
@@ -144,7 +184,7 @@ class PoseEstimator:
 
     def info(self) -> EstimatorInfo:
         """What runs: network, engine, backend."""
-        return self._info
+        return replace(self._info, facts=facts_of(self._session))
 
     def __call__(self, frame: NDArray[np.uint8], boxes: ArrayLike | None = None) -> Poses:
         """Finds one pose per box.

@@ -154,6 +154,28 @@ def core_cpus(root: Path = _ROOT) -> tuple[int, ...]:
     return tuple(first.values()) or (0,)
 
 
+Energy = tuple[tuple[int, int], ...]
+"""Microjoules that each processor package has used so far, and the count after which it starts again at 0."""
+
+
+def energy(root: Path = _ROOT) -> Energy | None:
+    """Reads the energy counters; None where there are none that this user may read.
+
+    They are RAPL's, of Intel and AMD, as Linux shows them in /sys/class/powercap; a package's parts have counters of
+    their own, which are not looked at.
+    """
+    zones = [zone for zone in sorted((root / "sys/class/powercap").glob("intel-rapl:*")) if zone.name.count(":") == 1]
+    found = [tuple(_text(zone / name) for name in ("energy_uj", "max_energy_range_uj")) for zone in zones]
+    if not found or not all(text.isdigit() for texts in found for text in texts):
+        return None
+    return tuple((int(used), int(most)) for used, most in found)
+
+
+def energy_between_uj(before: Energy, after: Energy) -> int:
+    """Microjoules between two readings, also where counters started again in between."""
+    return sum((now - then) % (most + 1) for (then, _), (now, most) in zip(before, after, strict=True))
+
+
 def cache_directory() -> Path:
     """This user's directory for what can be computed again; it need not exist yet.
 

@@ -9,7 +9,7 @@ Frames of reference used throughout edgepose: x runs right, y runs down, and int
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Backend = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Dialect = Literal["float", "u8s8", "s8s8"]
+Aim = Literal["latency", "throughput", "memory", "energy"]
+"""What the engine that runs is chosen for."""
+AIMS: tuple[Aim, ...] = get_args(Aim)
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 

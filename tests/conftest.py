@@ -14,6 +14,8 @@ _THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"  # one of two pro
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_variable, _THREADS)
 
+os.environ.setdefault("EDGEPOSE_AIM", "none")  # tests of other things need not measure which engine is fastest
+
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 

@@ -12,7 +12,7 @@ import pytest
 from edgepose.bundle import Bundle, read_bundle
 from edgepose.compiler import CompileRequest, compile_bundle
 from edgepose.data.coco import dataset, read_image
-from edgepose.estimator import PoseEstimator
+from edgepose.estimator import EstimatorOptions, PoseEstimator
 from edgepose.golden import check_golden
 from edgepose.pose.flip import mirror_order
 from edgepose.rebuild import build_bundle
@@ -92,7 +92,7 @@ def test_flip_test_turns_images_round(bundles: tuple[Bundle, Bundle]) -> None:
     frame = cv2.resize(coarse, (64, 64), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
     box = [[0, 0, 63, 63]]  # its centre is that of the frame, so that mirroring one mirrors the other
     with (
-        PoseEstimator.from_bundle(bundles[1].root, flip_test=True) as flipping,
+        PoseEstimator.from_bundle(bundles[1].root, options=EstimatorOptions(flip_test=True)) as flipping,
         PoseEstimator.from_bundle(bundles[1].root) as plain,
     ):
         found = flipping(frame, box).keypoints

@@ -26,7 +26,7 @@ from edgepose.errors import (
     SpecError,
     UsageError,
 )
-from edgepose.estimator import MAX_BATCH, PoseEstimator
+from edgepose.estimator import MAX_BATCH, EstimatorOptions, PoseEstimator
 from edgepose.pose.preprocess import crop_transforms
 from edgepose.runtime import EXECUTABLE
 from edgepose.spec import Heatmap, ModelSpec, Regression, TensorSpec
@@ -274,7 +274,7 @@ def test_flip_test_without_flip_pairs_is_refused_before_anything_runs() -> None:
 
 @pytest.mark.parametrize("backend", EXECUTABLE)
 def test_flip_test_of_a_bundle(bundle: Bundle, backend: Any) -> None:
-    with PoseEstimator.from_bundle(bundle.root, backend=backend, flip_test=True) as flipping:
+    with PoseEstimator.from_bundle(bundle.root, backend=backend, options=EstimatorOptions(flip_test=True)) as flipping:
         assert flipping.info().flip_test
         found = flipping(FRAME, [BOX])
     with PoseEstimator.from_bundle(bundle.root, backend=backend) as plain:

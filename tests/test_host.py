@@ -14,6 +14,8 @@ from edgepose.host import (
     Fingerprint,
     cache_directory,
     cpu_flags,
+    energy,
+    energy_between_uj,
     engine_cache,
     fingerprint,
     physical_cores,
@@ -151,6 +153,29 @@ def test_different_governors_are_all_named(tmp_path: Path) -> None:
     for cpu, governor in enumerate(("powersave", "performance")):
         tree(root, **{f"sys__devices__system__cpu__cpu{cpu}__cpufreq__scaling_governor": governor})
     assert fingerprint(root).governor == "performance+powersave"
+
+
+def test_energy_is_that_of_the_packages(tmp_path: Path) -> None:
+    zones = {"intel-rapl:0": 900, "intel-rapl:0:0": 5, "intel-rapl:1": 50, "intel-rapl-mmio:0": 7}
+    for name, used in zones.items():
+        folder = tmp_path / "sys/class/powercap" / name
+        folder.mkdir(parents=True)
+        (folder / "energy_uj").write_text(f"{used}\n")
+        (folder / "max_energy_range_uj").write_text("999\n")
+    before = energy(tmp_path)
+    assert before == ((900, 999), (50, 999))
+    assert energy_between_uj(before, ((20, 999), (60, 999))) == 120 + 10  # the first one started again
+
+
+@pytest.mark.parametrize("content", [None, "", "n/a"])
+def test_energy_that_cannot_be_read_is_none(tmp_path: Path, content: str | None) -> None:
+    folder = tmp_path / "sys/class/powercap/intel-rapl:0"
+    folder.mkdir(parents=True)
+    (folder / "max_energy_range_uj").write_text("999")
+    if content is not None:
+        (folder / "energy_uj").write_text(content)
+    assert energy(tmp_path) is None
+    assert energy(tmp_path / "nowhere") is None
 
 
 def test_empty_tree_gives_empty_fields(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb("import_", "import_", "turn somebody else's ONNX network into a bundle"),
     "run": Verb("run", "run", "find the poses in a photograph, a folder or a video"),
     "eval": Verb("eval", "eval_", "measure the accuracy of a network or bundle on labelled photographs"),
+    "select": Verb("select", "select", "measure which engine of a bundle serves best on this machine, and remember it"),
     "profile": Verb("profile", "profile", "measure latency, throughput and memory of a bundle"),
     "gate": Verb("gate", "gate", "compare two bundles and fail on a regression"),
     "baseline": Verb("baseline", "baseline", "accept what a gate said as the new baseline, and watch for slow creep"),

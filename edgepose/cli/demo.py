@@ -89,7 +89,7 @@ def _compile(recipe: str, model: str, data: Path, out: Path, shown: Steps) -> Co
 
 
 def _evaluate(bundle: Bundle, people: PoseDataset, shown: Steps) -> AccuracyRecord:
-    with PoseEstimator.from_bundle(bundle.root) as estimator:
+    with PoseEstimator.from_bundle(bundle.root, aim="none") as estimator:
         return evaluate(estimator, people, progress=shown.step(f"evaluating {bundle.manifest.name}"))
 
 
@@ -103,7 +103,7 @@ def _profile(bundle: Bundle, shown: Steps) -> ProfileRecord:
 def _draw(bundles: dict[str, CompileResult], people: PoseDataset, folder: Path) -> list[Picture]:
     """Run the compressed network on some photographs, draw what it found, and keep the drawings."""
     shots: list[tuple[Person, np.ndarray]] = []
-    with PoseEstimator.from_bundle(bundles[_RECIPES[1]].bundle.root) as estimator:
+    with PoseEstimator.from_bundle(bundles[_RECIPES[1]].bundle.root, aim="none") as estimator:
         for person in people.sample(_PICTURES, seed=1).persons:
             frame = read_image(person.image)
             poses = estimator(frame, person.box_xyxy[None])

@@ -5,9 +5,10 @@ Invariant: a check costs nothing and comes before any work, so that a wrong flag
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import msgspec
 import typer
@@ -16,7 +17,7 @@ from edgepose.errors import UsageError
 
 if TYPE_CHECKING:
     from edgepose.data.coco import PoseDataset
-    from edgepose.spec import Backend, Execution, Precision
+    from edgepose.spec import Aim, Backend, Execution, Precision
 
 BackendFlag = Annotated[
     str | None, typer.Option("--backend", help="Take only engines of this runtime: onnxruntime, openvino.")
@@ -25,6 +26,14 @@ PrecisionFlag = Annotated[str | None, typer.Option("--precision", help="Take onl
 ThreadsFlag = Annotated[
     int | None,
     typer.Option("--threads", min=0, help="Threads of one inference, 0 for all physical cores. Default: the engine's."),
+]
+AimFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--aim",
+        help="What the engine is chosen for, by measuring once on this machine: latency, throughput, memory, energy; "
+        "none takes the bundle's first. Default: $EDGEPOSE_AIM, else latency.",
+    ),
 ]
 ProviderFlag = Annotated[
     list[str] | None,
@@ -110,6 +119,20 @@ def checked_precision(name: str | None) -> Precision | None:
     if name is not None and name not in known:
         raise UsageError("--precision", found=repr(name), expected=f"one of {', '.join(known)}")
     return cast("Precision | None", name)
+
+
+def checked_aim(name: str | None) -> Aim | Literal["none"] | None:
+    """The aim called `name`, or that of the environment; None where neither says anything.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    from edgepose.spec import AIMS
+
+    where, said = ("--aim", name) if name else ("$EDGEPOSE_AIM", os.environ.get("EDGEPOSE_AIM"))
+    if said and said not in (*AIMS, "none"):
+        raise UsageError(where, found=repr(said), expected=f"{', '.join(AIMS)} or none")
+    return cast("Aim | Literal['none']", said) if said else None
 
 
 def flag_fault(

@@ -187,7 +187,7 @@ def _control(baseline: Subject) -> _Candidate:
 
     @contextmanager
     def opened() -> Iterator[_Opened]:
-        with PoseEstimator.from_bundle(baseline.path) as estimator:
+        with PoseEstimator.from_bundle(baseline.path, aim="none") as estimator:
             yield _Opened(estimator, evidence.costs)
 
     return _Candidate(evidence, opened)

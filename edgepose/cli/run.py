@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgepose.cli.boxes import BoxFile, read_boxes
 from edgepose.cli.console import STDOUT, note, say, steps, write_json
 from edgepose.cli.options import (
+    AimFlag,
     BackendFlag,
     DeviceFlag,
     FlipTestFlag,
@@ -27,19 +28,20 @@ from edgepose.cli.options import (
     StrictFlag,
     ThreadsFlag,
     check_outputs,
+    checked_aim,
     checked_backend,
     checked_execution,
     checked_precision,
 )
 from edgepose.cli.pictures import Shot, Source, check_output_suffix, open_source, picture_sink, shots
 from edgepose.errors import AnnotationError, ImageError, UsageError
-from edgepose.estimator import EstimatorInfo, PoseEstimator
+from edgepose.estimator import EstimatorInfo, EstimatorOptions, PoseEstimator
 from edgepose.pose.draw import draw
 from edgepose.pose.metrics import oks_sigmas
 from edgepose.pose.nms import oks_nms
 from edgepose.pose.smoothing import SmoothingState, smooth_people
 from edgepose.profiler.accuracy import AREA_OF_BOX
-from edgepose.spec import Backend, Execution, Keypoints, OneStage, Poses, Precision
+from edgepose.spec import Aim, Backend, Execution, Keypoints, OneStage, Poses, Precision
 
 EXAMPLES = (
     "edgepose run kpe-s.bundle photo.jpg --out drawn.jpg",
@@ -77,6 +79,7 @@ def run(
     device: DeviceFlag = None,
     strict: StrictFlag = False,
     threads: ThreadsFlag = None,
+    aim: AimFlag = None,
     flip_test: FlipTestFlag = False,
     min_score: Annotated[
         float, typer.Option("--min-score", min=0.0, max=1.0, help="Joints below it are drawn hollow.")
@@ -106,15 +109,15 @@ def run(
     """
     check_outputs([out, json], [path for path in (source, bundle, boxes, detector) if path is not None])
     wanted, execution = checked_execution(checked_backend(backend), provider, device, strict=strict)
-    chosen = wanted, threads, checked_precision(precision)
+    opening = _Opening(wanted, threads, checked_precision(precision), execution, checked_aim(aim))
     opened = open_source(source)
     if out is not None:
         check_output_suffix(out, opened.kind)
     _check_post_processing(opened, smooth=smooth, duplicates=max_oks is not None, people=(boxes, detector))
     people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
     with (
-        PoseEstimator.from_bundle(bundle, *chosen, flip_test=flip_test, execution=execution) as estimator,
-        nullcontext() if detector is None else _detector(detector, estimator, *chosen, execution) as finder,
+        opening.open(bundle, flip_test=flip_test) as estimator,
+        nullcontext() if detector is None else _detector(detector, estimator, opening) as finder,
     ):
         info = estimator.info()
         processed = _PostProcessing(estimator.spec.keypoints, max_oks, opened.fps if smooth else 0.0)
@@ -126,10 +129,26 @@ def run(
     _say_how(info)
     if json != STDOUT:
         _summary(opened, rows, min_score)
-    for path in (out, json):
-        if path not in (None, STDOUT):
-            note(f"wrote {path}")
+    _say_where(out, json)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """How engines are chosen and run, as the flags say."""
+
+    backend: Backend | None
+    threads: int | None
+    precision: Precision | None
+    execution: Execution | None
+    aim: Aim | Literal["none"] | None
+
+    def open(self, bundle: Path, *, flip_test: bool = False) -> PoseEstimator:
+        """The network of a bundle; shows progress where there is something to measure first."""
+        wishes = self.backend, self.threads, self.precision
+        with steps() as shown:
+            options = EstimatorOptions(flip_test, self.execution, shown.told)
+            return PoseEstimator.from_bundle(bundle, *wishes, aim=self.aim, options=options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,17 +211,17 @@ def _say_how(info: EstimatorInfo) -> None:
     precision = f" {info.engine.precision}" if info.engine else ""
     threads = f"threads: {info.threads}" if info.threads else "all physical cores"
     flipped = ", flip test" if info.flip_test else ""
-    note(f"{info.name} on {info.backend}{precision}, {threads}{flipped}")
+    why = f" ({info.selection.why})" if info.selection is not None else ""
+    note(f"{info.name} on {info.backend}{precision}, {threads}{flipped}{why}")
 
 
-def _detector(
-    path: Path,
-    estimator: PoseEstimator,
-    backend: Backend | None,
-    threads: int | None,
-    precision: Precision | None,
-    execution: Execution | None,
-) -> PoseEstimator:
+def _say_where(*paths: Path | None) -> None:
+    for path in paths:
+        if path not in (None, STDOUT):
+            note(f"wrote {path}")
+
+
+def _detector(path: Path, estimator: PoseEstimator, opening: _Opening) -> PoseEstimator:
     """The network that finds people for another one.
 
     Raises:
@@ -211,7 +230,7 @@ def _detector(
     if isinstance(estimator.spec.decoder, OneStage):
         found = f"{estimator.spec.name}, which finds people itself"
         raise UsageError("--detector", found=found, expected="a network that is shown one person", fix="leave it off")
-    finder = PoseEstimator.from_bundle(path, backend, threads, precision, execution=execution)
+    finder = opening.open(path)
     if not isinstance(finder.spec.decoder, OneStage):
         finder.close()
         found = f"{finder.spec.name}, which is shown one person at a time"

@@ -14,7 +14,7 @@ from pathlib import Path
 from edgepose.blocks.zoo import find_checkpoint, zoo_names
 from edgepose.cli.factory import find_source, names_code
 from edgepose.errors import MissingDependency, UsageError
-from edgepose.estimator import PoseEstimator
+from edgepose.estimator import EstimatorOptions, PoseEstimator
 from edgepose.spec import Backend, Precision
 from edgepose.stages.source import Source
 
@@ -74,7 +74,10 @@ def opened(
         IntegrityError: It was changed since it was written.
     """
     if subject.source is None:
-        with PoseEstimator.from_bundle(subject.path, backend, threads, precision, flip_test=flip_test) as estimator:
+        options = EstimatorOptions(flip_test=flip_test)
+        with PoseEstimator.from_bundle(
+            subject.path, backend, threads, precision, aim="none", options=options
+        ) as estimator:
             yield estimator
         return
     for flag, value in (("--backend", backend), ("--precision", precision)):

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepose.bundle import check_engine, read_bundle
-from edgepose.engines import choose_engine
+from edgepose.bundle import Bundle, check_engine, read_bundle
+from edgepose.engines import choose_engine, named_engine
 from edgepose.errors import IntegrityError
+from edgepose.golden import check_golden
 from edgepose.pose.codec import decode, people_candidates
 from edgepose.pose.one_stage import people_of
 from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
 from edgepose.runtime import Session, open_session
-from edgepose.spec import Execution, ModelSpec, OneStage, OrtOptions, TensorSpec
+from edgepose.spec import Engine, Execution, ModelSpec, OneStage, OrtOptions, TensorSpec
 from edgepose.timing.harness import Stage
 from edgepose.timing.messages import Load
 from edgepose.timing.record import BundleArm, ModelArm
@@ -52,6 +53,7 @@ def open_engine(arm: BundleArm | ModelArm, request: Load) -> EngineStages:
         BadInput: The bundle or the file cannot be used.
         EnvironmentFault: The runtime cannot be used here.
         IntegrityError: The engine was changed since its bundle was written.
+        ParityError: It strays from the golden vectors.
     """
     if isinstance(arm, ModelArm):
         execution = Execution(onnxruntime=OrtOptions(spinning=arm.spinning))
@@ -67,16 +69,25 @@ def open_engine(arm: BundleArm | ModelArm, request: Load) -> EngineStages:
             expected=f"{arm.digest[:12]}…, which it had when the measurement began",
             fix="measure again, and do not replace bundles meanwhile",
         )
-    engine = choose_engine(bundle, arm.backend, arm.precision)
+    engine = _engine_of(bundle, arm)
     file = check_engine(bundle, engine)
+    execution = arm.execution or engine.execution
     session = open_session(
-        file, engine.backend, threads=request.threads, precision=engine.precision, execution=engine.execution
+        file, engine.backend, threads=request.threads, precision=engine.precision, execution=execution
     )
+    if arm.golden:
+        check_golden(bundle, engine, session)
     if arm.timed == "infer":
         stages = infer_stages(session, request)
     else:
         stages = frame_stages(session, bundle.manifest.spec, request)
     return EngineStages(stages, engine.backend, session, _batch_of(session, request))
+
+
+def _engine_of(bundle: Bundle, arm: BundleArm) -> Engine:
+    if arm.engine:
+        return named_engine(bundle, arm.engine, arm.backend)
+    return choose_engine(bundle, arm.backend, arm.precision)
 
 
 def synthetic_feeds(inputs: tuple[TensorSpec, ...], *, batch: int, seed: int) -> dict[str, NDArray[Any]]:

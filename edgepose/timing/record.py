@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgepose import stats
 from edgepose.errors import BadInput
 from edgepose.host import Fingerprint
-from edgepose.spec import Backend, Precision
+from edgepose.spec import Backend, Execution, Precision
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 NaturalInt = Annotated[int, msgspec.Meta(ge=0)]
@@ -37,6 +37,9 @@ class BundleArm(msgspec.Struct, frozen=True, tag="bundle", forbid_unknown_fields
         precision: Precision of the engine; None takes the first.
         timed: The engine alone ("infer"), or a whole frame: crop, infer, decode ("frame").
         digest: The bundle's digest, which the worker checks, so that samples of one path are of one bundle; "" for any.
+        engine: Path of the engine in the bundle, which goes before backend and precision; "" for none in particular.
+        execution: How it is executed; None takes what the engine was made for.
+        golden: Whether the worker first checks the engine on the bundle's golden vectors.
     """
 
     label: str
@@ -45,6 +48,9 @@ class BundleArm(msgspec.Struct, frozen=True, tag="bundle", forbid_unknown_fields
     precision: Precision | None = None
     timed: Literal["infer", "frame"] = "infer"
     digest: str = ""
+    engine: str = ""
+    execution: Execution | None = None
+    golden: bool = False
 
 
 class ModelArm(msgspec.Struct, frozen=True, tag="model", forbid_unknown_fields=True):

@@ -170,7 +170,8 @@ def _predict(bundle: Bundle, name: str, dataset: PoseDataset, options: GateOptio
     def told(done: int, whole: int) -> None:
         report(f"predicting with {name}", done, whole)
 
-    with PoseEstimator.from_bundle(bundle.root, options.backend, options.threads, options.precision) as estimator:
+    chosen = options.backend, options.threads, options.precision
+    with PoseEstimator.from_bundle(bundle.root, *chosen, aim="none") as estimator:
         return evaluate(estimator, dataset, progress=told)
 
 
