@@ -57,12 +57,13 @@ def named_engine(bundle: Bundle, path: str, backend: Backend | None = None) -> E
 
 
 class Opened(NamedTuple):
-    """A loaded engine, the threads it was opened with, and why those before it are not run."""
+    """A loaded engine, its threads, why those before it are not run, and those that come after it."""
 
     engine: Engine
     session: Session
     threads: int
     passed_over: tuple[str, ...]
+    rest: tuple[tuple[Engine, int | None], ...]
 
 
 def engines_of(bundle: Bundle, backend: Backend | None, precision: Precision | None) -> tuple[Engine, ...]:
@@ -99,6 +100,28 @@ def runnable_engines(bundle: Bundle, backend: Backend | None, precision: Precisi
     raise _nothing_installed(where, wanted)
 
 
+def open_engine(bundle: Bundle, engine: Engine, threads: int | None, execution: Execution | None) -> Session:
+    """Loads an engine of a bundle, its digest checked.
+
+    Args:
+        bundle: Where it lies.
+        engine: Which.
+        threads: Threads of one inference; None takes what it was made for.
+        execution: The rest; None takes what it was made for.
+
+    Raises:
+        IntegrityError: It was changed since the bundle was written, or is for another machine.
+        EnvironmentFault: It cannot be loaded here.
+    """
+    return open_session(
+        check_engine(bundle, engine),
+        engine.backend,
+        threads=engine.threads if threads is None else threads,
+        precision=engine.precision,
+        execution=execution or engine.execution,
+    )
+
+
 def open_first(
     bundle: Bundle, candidates: Sequence[tuple[Engine, int | None]], execution: Execution | None, *, named: bool
 ) -> Opened:
@@ -116,17 +139,9 @@ def open_first(
         EnvironmentFault: None of them can be loaded here.
     """
     faults: list[IntegrityError | EnvironmentFault] = []
-    for engine, threads in candidates:
-        file = check_engine(bundle, engine)
-        used = engine.threads if threads is None else threads
+    for place, (engine, threads) in enumerate(candidates):
         try:
-            session = open_session(
-                file,
-                engine.backend,
-                threads=used,
-                precision=engine.precision,
-                execution=execution or engine.execution,
-            )
+            session = open_engine(bundle, engine, threads, execution)
         except (ForeignEngine, EnvironmentFault) as err:
             if named:
                 raise
@@ -134,7 +149,8 @@ def open_first(
             continue
         for fault in faults:
             _log.warning("%s; running %s %s meanwhile", fault, engine.backend, engine.precision)
-        return Opened(engine, session, used, tuple(map(str, faults)))
+        used = engine.threads if threads is None else threads
+        return Opened(engine, session, used, tuple(map(str, faults)), tuple(candidates[place + 1 :]))
     raise faults[0]
 
 

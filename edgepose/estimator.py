@@ -10,20 +10,22 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgepose.bundle import read_bundle
-from edgepose.engines import open_first, runnable_engines
+from edgepose.bundle import Bundle, read_bundle
+from edgepose.engines import Opened, open_engine, open_first, runnable_engines
 from edgepose.errors import AnnotationError, ImageError, SpecError
 from edgepose.pose.codec import decode, named_output, output_names, people_candidates
 from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order
 from edgepose.pose.one_stage import owners, people_of
 from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
 from edgepose.runtime import Session, SessionFacts, facts_of
+from edgepose.runtime.guard import PATIENCE_S, Guard, Standby
 from edgepose.spec import Aim, Backend, Engine, Execution, ModelSpec, OneStage, Poses, Precision, Regression
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ MAX_BATCH = 64
 """People inferred at once; more are taken in turns, so that a crowd cannot exhaust the memory."""
 
 _log = logging.getLogger("edgepose")
+_PATIENCE = 20.0  # times the measured duration of a full batch
 _LARGEST = float(np.finfo(np.float32).max)  # poses carry their boxes as float32
 _MAX_SIDE_PX = 32766  # OpenCV's warp counts source pixels in 16 bits
 
@@ -75,11 +78,13 @@ class EstimatorOptions:
     Attributes:
         flip_test: Show each crop mirrored as well and average the two answers: a little better, and twice the work.
         execution: Providers, device and the rest; None takes what the engine was made for.
+        strict: Raise where the chosen engine fails, instead of answering by the next one.
         told: Told while engines are measured: what is measured, how many settings are done, how many there are.
     """
 
     flip_test: bool = False
     execution: Execution | None = None
+    strict: bool = False
     told: Callable[[str, int, int], None] | None = None
 
 
@@ -153,7 +158,8 @@ class PoseEstimator:
             asked = Wishes(cast("Aim", wanted), threads, options.execution)  # an aim that is none is refused there
             selection, wishes = preferred(bundle, candidates, asked, options.told)
         opened = open_first(bundle, wishes, options.execution, named=backend is not None)
-        engine, session = opened.engine, opened.session
+        engine = opened.engine
+        session = _guarded(bundle, opened, options, selection)
         try:
             estimator = cls(session, bundle.manifest.spec, backend=engine.backend, flip_test=options.flip_test)
         except BaseException:
@@ -228,7 +234,10 @@ class PoseEstimator:
         for array in (*found, taken):
             if array is not None:
                 array.setflags(write=False)
-        return Poses(found.keypoints, found.scores, taken, self._info.backend, found.visibility, found.errors_px)
+        backend, degraded = self._info.backend, False
+        if isinstance(self._session, Guard):
+            backend, degraded = self._session.serving, self._session.degraded
+        return Poses(found.keypoints, found.scores, taken, backend, found.visibility, found.errors_px, degraded)
 
     def _whole_frame(self, frame: NDArray[np.uint8], wanted: NDArray[np.float64] | None, decoder: OneStage) -> Poses:
         """The people that a one-stage network finds, or those of them that are in the boxes asked for."""
@@ -293,6 +302,21 @@ class PoseEstimator:
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _guarded(bundle: Bundle, opened: Opened, options: EstimatorOptions, selection: Selection | None) -> Guard:
+    """The engines that are left as one session that outlives those that fail."""
+    times_ms = {(t.engine, t.backend): t.ms or 0.0 for t in reversed(selection.trials)} if selection else {}
+    kept = ((opened.engine, opened.threads), *(() if options.strict else opened.rest))
+    engines = [
+        Standby(
+            engine.backend,
+            partial(open_engine, bundle, engine, threads, options.execution),
+            max(PATIENCE_S, _PATIENCE * times_ms.get((engine.path, engine.backend), 0.0) * MAX_BATCH / 1e3),
+        )
+        for engine, threads in kept
+    ]
+    return Guard(opened.session, engines)
 
 
 class _Found(NamedTuple):

@@ -337,6 +337,7 @@ class Poses:
         backend: Backend that produced them ("onnxruntime").
         visibility: (N, K) float32, probability that each joint can be seen; None if the network does not say.
         errors_px: (N, K) float32, expected error of each keypoint in source pixels; None if the network does not say.
+        degraded: Whether another engine than the chosen one produced them, because that one failed.
     """
 
     keypoints: NDArray[np.float32]
@@ -345,6 +346,7 @@ class Poses:
     backend: str = ""
     visibility: NDArray[np.float32] | None = None
     errors_px: NDArray[np.float32] | None = None
+    degraded: bool = False
 
     def __len__(self) -> int:
         return int(self.keypoints.shape[0])

@@ -17,13 +17,16 @@ from edgepose.__main__ import main
 from edgepose.bundle import Bundle, EngineDraft, write_bundle
 from edgepose.engines import choose_engine
 from edgepose.errors import EnvironmentFault
-from edgepose.estimator import PoseEstimator
+from edgepose.estimator import EstimatorOptions, PoseEstimator
+from edgepose.runtime.guard import EngineFault
+from edgepose.runtime.ort import OrtSession
 from edgepose.runtime.provenance import ForeignEngine, Provenance, companions, digest_of, write_engine
 from edgepose.runtime.tensorrt import engine_host
 from edgepose.runtime.trt_versions import TrtApi
+from tests.fakes import spot_frame
 from tests.runtime.fake_cuda import FakeCudart, cudart, fake_cuda_python, fake_cudart_file
 from tests.runtime.fake_tensorrt import FakeTensorrt, plan_of
-from tests.tiny_network import spot_draft
+from tests.tiny_network import spot_bundle, spot_draft
 
 __all__ = ["cudart", "fake_cudart_file"]  # fixtures
 
@@ -140,3 +143,39 @@ def test_reason_survives_as_json(trt: FakeTensorrt, bundle: Bundle) -> None:
     trt.__version__ = "10.3.0"
     with PoseEstimator.from_bundle(bundle.root) as estimator:
         assert json.loads(msgspec.json.encode(estimator.info()))["passed_over"]
+
+
+# Engines that fail while they run
+
+
+def test_poses_say_that_another_engine_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = spot_bundle(tmp_path)
+    frame = spot_frame((80, 60), (200, 150))
+    with PoseEstimator.from_bundle(bundle.root) as estimator, caplog.at_level(logging.WARNING, "edgepose"):
+        before = estimator(frame)
+        monkeypatch.setattr(OrtSession, "infer", broken)
+        poses = estimator(frame)
+        assert estimator.info().facts is not None
+    assert (before.backend, before.degraded) == ("onnxruntime", False)
+    assert (poses.backend, poses.degraded) == ("openvino", True)
+    np.testing.assert_allclose(poses.keypoints, before.keypoints, atol=0.05)
+    assert "engine onnxruntime: found RuntimeError: CUDA error 700" in caplog.text
+
+
+def test_strict_and_a_named_backend_never_answer_by_another_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = spot_bundle(tmp_path)
+    monkeypatch.setattr(OrtSession, "infer", broken)
+    for backend, options in ((None, EstimatorOptions(strict=True)), ("onnxruntime", EstimatorOptions())):
+        with (
+            PoseEstimator.from_bundle(bundle.root, backend, options=options) as estimator,  # type: ignore[arg-type]
+            pytest.raises(EngineFault, match="CUDA error 700"),
+        ):
+            estimator(FRAME)
+
+
+def broken(_session: OrtSession, _feeds: object) -> dict[str, np.ndarray]:
+    raise RuntimeError("CUDA error 700")

@@ -48,7 +48,12 @@ DeviceFlag = Annotated[
     typer.Option("--device", help="Take only engines of OpenVINO and run them on this device: CPU, GPU, NPU, AUTO."),
 ]
 StrictFlag = Annotated[
-    bool, typer.Option("--strict", help="Fail where a node of the network runs on none of the --provider named.")
+    bool,
+    typer.Option(
+        "--strict",
+        help="Fail where a node of the network runs on none of the --provider named, or the engine cannot answer, "
+        "instead of running it elsewhere.",
+    ),
 ]
 FlipTestFlag = Annotated[
     bool,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -109,7 +109,7 @@ def run(
     """
     check_outputs([out, json], [path for path in (source, bundle, boxes, detector) if path is not None])
     wanted, execution = checked_execution(checked_backend(backend), provider, device, strict=strict)
-    opening = _Opening(wanted, threads, checked_precision(precision), execution, checked_aim(aim))
+    opening = _Opening(wanted, threads, checked_precision(precision), execution, checked_aim(aim), strict)
     opened = open_source(source)
     if out is not None:
         check_output_suffix(out, opened.kind)
@@ -142,12 +142,13 @@ class _Opening:
     precision: Precision | None
     execution: Execution | None
     aim: Aim | Literal["none"] | None
+    strict: bool
 
     def open(self, bundle: Path, *, flip_test: bool = False) -> PoseEstimator:
         """The network of a bundle; shows progress where there is something to measure first."""
         wishes = self.backend, self.threads, self.precision
         with steps() as shown:
-            options = EstimatorOptions(flip_test, self.execution, shown.told)
+            options = EstimatorOptions(flip_test, self.execution, self.strict, shown.told)
             return PoseEstimator.from_bundle(bundle, *wishes, aim=self.aim, options=options)
 
 
@@ -284,7 +285,10 @@ class _PostProcessing:
             time_s = shot.number / self.fps
             points, self.smoothing = smooth_people(self.smoothing, rows.tolist(), points, time_s)
         visibility, errors_px = (None if v is None else v[rows] for v in (poses.visibility, poses.errors_px))
-        return Poses(points, poses.scores[rows], poses.boxes[rows], poses.backend, visibility, errors_px)
+        return replace(
+            poses, keypoints=points, scores=poses.scores[rows], boxes=poses.boxes[rows], visibility=visibility,
+            errors_px=errors_px,
+        )  # fmt: skip
 
 
 def _row(shot: Shot, poses: Poses) -> dict[str, Any]:
@@ -298,7 +302,8 @@ def _row(shot: Shot, poses: Poses) -> dict[str, Any]:
     said = {name: values for name, values in columns.items() if values is not None}
     people = [dict(zip(said, person, strict=True)) for person in zip(*said.values(), strict=True)]
     number = {} if shot.number is None else {"frame": shot.number}
-    return {"file_name": shot.name, **number, "poses": people}
+    instead = {"degraded": True, "backend": poses.backend} if poses.degraded else {}
+    return {"file_name": shot.name, **number, "poses": people, **instead}
 
 
 def _summary(source: Source, rows: list[dict[str, Any]], min_score: float) -> None:

@@ -39,9 +39,7 @@ def test_run_chooses_for_an_aim_and_says_why(cli: Cli, bundle: Path, photo: Path
         (("run", "PHOTO", "--aim", "speed"), "--aim: found 'speed'"),
     ],
 )
-def test_an_aim_that_is_none_is_refused(
-    cli: Cli, bundle: Path, photo: Path, words: tuple[str, ...], said: str
-) -> None:
+def test_an_aim_that_is_none_is_refused(cli: Cli, bundle: Path, photo: Path, words: tuple[str, ...], said: str) -> None:
     verb, *rest = words
     outcome = cli(verb, bundle, *(photo if word == "PHOTO" else word for word in rest))
     assert outcome.code == 2
