@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -25,7 +26,7 @@ from edgepose.pose.flip import merge_flipped, mirror_images, mirror_order
 from edgepose.pose.one_stage import owners, people_of
 from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
 from edgepose.runtime import Session, SessionFacts, facts_of
-from edgepose.runtime.guard import PATIENCE_S, Guard, Standby
+from edgepose.runtime.guard import PATIENCE_S, Answer, Guard, Standby
 from edgepose.spec import Aim, Backend, Engine, Execution, ModelSpec, OneStage, Poses, Precision, Regression
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class EstimatorOptions:
 
 
 class PoseEstimator:
-    """Finds the keypoints of the people in a frame; a context manager. One thread at a time may call it.
+    """Finds the keypoints of the people in a frame; a context manager. Threads may share it.
 
     Args:
         session: The loaded network; the estimator closes it.
@@ -109,6 +110,7 @@ class PoseEstimator:
                 raise SpecError("flip test", found="a one-stage network", expected="one that is shown persons", fix=fix)
             mirror_order(spec.keypoints)
         self._session = session
+        self._lock = threading.Lock()
         self._spec = spec
         hw, names = spec.preprocess.input_hw, spec.keypoints.names
         self._info = EstimatorInfo(spec.name, backend, None, "", 0, hw, names, flip_test)
@@ -222,28 +224,29 @@ class PoseEstimator:
             visibility=np.empty(shape, np.float32) if self._spec.visibility else None,
             errors_px=np.empty(shape, np.float32) if self._spec.uncertainty else None,
         )
+        served: list[Answer] = []
         for start in range(0, len(checked), self._batch or MAX_BATCH):
             part = slice(start, start + (self._batch or MAX_BATCH))
-            for whole, piece in zip(found, self._infer(frame, checked[part]), strict=True):
+            for whole, piece in zip(found, self._infer(frame, checked[part], served), strict=True):
                 if whole is not None:
                     whole[part] = piece
-        return self._poses(found, checked)
+        return self._poses(found, checked, served)
 
-    def _poses(self, found: _Found, boxes: NDArray[Any]) -> Poses:
+    def _poses(self, found: _Found, boxes: NDArray[Any], served: Sequence[Answer]) -> Poses:
         taken = boxes.astype(np.float32)
         for array in (*found, taken):
             if array is not None:
                 array.setflags(write=False)
-        backend, degraded = self._info.backend, False
-        if isinstance(self._session, Guard):
-            backend, degraded = self._session.serving, self._session.degraded
+        backend = served[-1].engine if served else self._info.backend
+        degraded = any(answer.degraded for answer in served)
         return Poses(found.keypoints, found.scores, taken, backend, found.visibility, found.errors_px, degraded)
 
     def _whole_frame(self, frame: NDArray[np.uint8], wanted: NDArray[np.float64] | None, decoder: OneStage) -> Poses:
         """The people that a one-stage network finds, or those of them that are in the boxes asked for."""
         height, width = frame.shape[:2]
         transforms = crop_transforms(np.array([[0.0, 0.0, width, height]]), self._spec.preprocess)
-        said = people_candidates(self._outputs(frame, transforms), decoder)
+        served: list[Answer] = []
+        said = people_candidates(self._outputs(frame, transforms, served), decoder)
         if said.keypoints.shape[2] != self._spec.keypoints.count:
             found = f"{said.keypoints.shape[2]} keypoints"
             raise SpecError("network", found=found, expected=f"{self._spec.keypoints.count}")
@@ -252,31 +255,41 @@ class PoseEstimator:
         corners = to_source(people.boxes.reshape(1, -1, 2), transforms).reshape(-1, 4)
         boxes = np.clip(corners, 0, np.array([width, height, width, height], np.float32))
         if wanted is None:
-            return self._poses(_Found(keypoints, people.keypoint_scores, None, None), boxes)
+            return self._poses(_Found(keypoints, people.keypoint_scores, None, None), boxes, served)
         rows = owners(wanted, boxes)
         mine = np.full((len(wanted), *keypoints.shape[1:]), np.nan, np.float32)
         scores = np.zeros(mine.shape[:2], np.float32)
         mine[rows >= 0], scores[rows >= 0] = keypoints[rows[rows >= 0]], people.keypoint_scores[rows[rows >= 0]]
-        return self._poses(_Found(mine, scores, None, None), wanted)
+        return self._poses(_Found(mine, scores, None, None), wanted, served)
 
-    def _outputs(self, frame: NDArray[np.uint8], transforms: NDArray[np.float64]) -> Mapping[str, NDArray[Any]]:
+    def _outputs(
+        self, frame: NDArray[np.uint8], transforms: NDArray[np.float64], served: list[Answer]
+    ) -> Mapping[str, NDArray[Any]]:
         """What the network says of at most one batch of crops, merged with what it says of their mirror images."""
         spec, preprocess = self._spec, self._spec.preprocess
         images = network_input(warp(frame, transforms, preprocess.input_hw, preprocess.border), spec)
         if self._batch > len(images):  # an engine of fixed batch gets blank people to fill it up
             blank = np.zeros((self._batch - len(images), *images.shape[1:]), images.dtype)
             images = np.concatenate([images, blank])
-        outputs: Mapping[str, NDArray[Any]] = self._session.infer({spec.inputs[0].name: images})
+        outputs = self._ask(images, served)
         if self._info.flip_test:
-            mirrored = self._session.infer({spec.inputs[0].name: mirror_images(images)})
+            mirrored = self._ask(mirror_images(images), served)
             outputs = merge_flipped(outputs, mirrored, spec)
         return {name: value[: len(transforms)] for name, value in outputs.items()}
 
-    def _infer(self, frame: NDArray[np.uint8], boxes: NDArray[np.float64]) -> _Found:
+    def _ask(self, images: NDArray[Any], served: list[Answer]) -> Mapping[str, NDArray[Any]]:
+        feeds = {self._spec.inputs[0].name: images}
+        if isinstance(self._session, Guard):
+            served.append(self._session.answer(feeds))
+            return served[-1].outputs
+        with self._lock:  # of a session only one thread at a time may ask
+            return self._session.infer(feeds)
+
+    def _infer(self, frame: NDArray[np.uint8], boxes: NDArray[np.float64], served: list[Answer]) -> _Found:
         """What the network says of at most one batch of boxes."""
         spec, count = self._spec, len(boxes)
         transforms = crop_transforms(boxes, spec.preprocess)
-        outputs = self._outputs(frame, transforms)
+        outputs = self._outputs(frame, transforms, served)
         keypoints, scores = decode(outputs, spec.decoder)
         expected = (count, spec.keypoints.count, 2)
         if keypoints.shape != expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -481,3 +482,14 @@ def test_running_a_bundle_loads_one_runtime_only(bundle: Bundle) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, str(bundle.root)], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_threads_that_share_an_estimator_get_what_one_alone_gets(bundle: Bundle) -> None:
+    rng = np.random.default_rng(3)
+    places = [((x, y), (y + 40, x)) for x, y in rng.uniform(30, 180, (32, 2)).tolist()]
+    frames = [spot_frame(*place) for place in places]
+    with PoseEstimator.from_bundle(bundle.root, threads=1) as estimator, ThreadPoolExecutor(32) as pool:
+        alone = [estimator(frame).keypoints for frame in frames]
+        together = list(pool.map(lambda frame: estimator(frame).keypoints, frames))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)

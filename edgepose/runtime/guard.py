@@ -47,8 +47,23 @@ class Standby:
     patience_s: float = PATIENCE_S
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What came of one inference.
+
+    Attributes:
+        outputs: One array per output, by name.
+        engine: Name of the engine that answered.
+        degraded: Whether that was another one than the preferred engine.
+    """
+
+    outputs: dict[str, Array]
+    engine: str
+    degraded: bool
+
+
 class Guard:
-    """Engines in order of preference as one session. One thread at a time may call it.
+    """Engines in order of preference as one session. Threads may share it: they are answered one after the other.
 
     An engine that fails is closed and left alone for a second, then two, four, up to five minutes; then it is tried
     again. The frame at hand goes to the next engine. An engine that hangs cannot be stopped from outside: its thread is
@@ -69,6 +84,7 @@ class Guard:
         self._inputs, self._outputs = first.inputs, first.outputs
         self._serving = self._places[0]
         self._closed = False
+        self._lock = threading.Lock()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -80,48 +96,44 @@ class Guard:
         """What the preferred engine returns."""
         return self._outputs
 
-    @property
-    def serving(self) -> str:
-        """Name of the engine that answered last."""
-        return self._serving.engine.name
-
-    @property
-    def degraded(self) -> bool:
-        """Whether that was another one than the preferred engine."""
-        return self._serving is not self._places[0]
-
     def facts(self) -> SessionFacts | None:
         """What the runtime says of the engine that answered last."""
         thread = self._serving.thread
         return None if thread is None else facts_of(thread.session)
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs the first engine that can answer; as `answer`."""
+        return self.answer(feeds).outputs
+
+    def answer(self, feeds: Mapping[str, Array]) -> Answer:
         """Runs the first engine that can answer.
 
         Raises:
             SpecError: The feeds do not fit `inputs`.
             EngineFault: None of the engines could answer; that of the preferred one.
         """
-        if self._closed:
-            raise ClosedSession
         checked = check_feeds(feeds, self._inputs)
         faults = []
-        for place in self._order():
-            try:
-                outputs = self._answer(place, checked)
-            except Exception as err:  # noqa: BLE001 - whatever an engine raises, the frame is not lost
-                faults.append(self._trip(place, err))
-                continue
-            place.failures = 0
-            self._serving = place
-            return outputs
+        with self._lock:
+            if self._closed:
+                raise ClosedSession
+            for place in self._order():
+                try:
+                    outputs = self._answer(place, checked)
+                except Exception as err:  # noqa: BLE001 - whatever an engine raises, the frame is not lost
+                    faults.append(self._trip(place, err))
+                    continue
+                place.failures = 0
+                self._serving = place
+                return Answer(outputs, place.engine.name, place is not self._places[0])
         raise faults[0]
 
     def close(self) -> None:
         """Frees all engines that are loaded; calling it twice is harmless."""
-        self._closed = True
-        for place in self._places:
-            place.drop()
+        with self._lock:
+            self._closed = True
+            for place in self._places:
+                place.drop()
 
     def _order(self) -> list[_Place]:
         """The engines to try: those that are not cooling down, or else the one that has done so for longest."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgepose.errors import SpecError
-from edgepose.runtime.guard import EngineFault, Guard, Standby
+from edgepose.runtime.guard import Answer, EngineFault, Guard, Standby
 from edgepose.runtime.session import Array, ClosedSession
 from tests.fakes import HEIGHT, WIDTH, FakeSession, spot_outputs, spot_spec
 
@@ -75,6 +75,13 @@ def guard(*engines: Engine, clock: Callable[[], float] = time.monotonic) -> Guar
     return Guard(engines[0].open(), [engine.standby for engine in engines], clock=clock)
 
 
+def right(guarded: Guard) -> Answer:
+    """The answer to FEEDS, after a look at its numbers."""
+    answer = guarded.answer(FEEDS)
+    assert same(answer.outputs)
+    return answer
+
+
 def same(found: Mapping[str, Array]) -> bool:
     return all(np.array_equal(found[name], RIGHT[name]) for name in RIGHT)
 
@@ -83,8 +90,8 @@ def test_an_engine_that_works_is_used_alone() -> None:
     first, second = Engine("first"), Engine("second")
     guarded = guard(first, second)
     assert [tensor.name for tensor in guarded.inputs] == ["images"]
-    assert same(guarded.infer(FEEDS))
-    assert (guarded.serving, guarded.degraded) == ("first", False)
+    answer = right(guarded)
+    assert (answer.engine, answer.degraded) == ("first", False)
     assert second.sessions == []
     guarded.close()
     guarded.close()
@@ -100,8 +107,8 @@ def test_what_is_no_answer_is_answered_by_the_next_engine(
     first, second = Engine("first", network), Engine("second")
     guarded = guard(first, second)
     with caplog.at_level(logging.WARNING, "edgepose"):
-        assert same(guarded.infer(FEEDS))
-    assert (guarded.serving, guarded.degraded) == ("second", True)
+        answer = right(guarded)
+    assert (answer.engine, answer.degraded) == ("second", True)
     assert said in caplog.text
     assert "engine first" in caplog.text
     assert first.sessions[0].closed
@@ -110,8 +117,7 @@ def test_what_is_no_answer_is_answered_by_the_next_engine(
 
 def test_a_picture_without_anything_may_have_an_answer_without_anything() -> None:
     guarded = guard(Engine("first"), Engine("second"))
-    guarded.infer({"images": np.zeros((1, 3, HEIGHT, WIDTH), np.float32)})
-    assert guarded.serving == "first"
+    assert guarded.answer({"images": np.zeros((1, 3, HEIGHT, WIDTH), np.float32)}).engine == "first"
     guarded.close()
 
 
@@ -125,9 +131,9 @@ def test_an_engine_that_hangs_is_given_up_and_closes_when_it_comes_back() -> Non
     first, second = Engine("first", hanging), Engine("second")
     guarded = guard(first, second)
     start = time.monotonic()
-    assert same(guarded.infer(FEEDS))
+    answer = right(guarded)
     assert time.monotonic() - start < 10
-    assert guarded.serving == "second"
+    assert answer.engine == "second"
     assert not first.sessions[0].closed
     free.set()
     for _ in range(1000):
@@ -149,14 +155,14 @@ def test_a_failed_engine_is_left_alone_longer_each_time_and_then_comes_back() ->
     assert loaded == [1, 1, 2, 2, 3, 3]
     first.network = spot_outputs
     clock.now = 8.5
-    assert same(guarded.infer(FEEDS))
-    assert (guarded.serving, guarded.degraded) == ("first", False)
+    answer = right(guarded)
+    assert (answer.engine, answer.degraded) == ("first", False)
     first.network = raising
     assert same(guarded.infer(FEEDS))
     clock.now = 9.6  # it had recovered: a second of rest is enough again
     first.network = spot_outputs
-    assert same(guarded.infer(FEEDS))
-    assert guarded.serving == "first"
+    answer = right(guarded)
+    assert answer.engine == "first"
     guarded.close()
 
 
@@ -186,8 +192,8 @@ def test_an_engine_that_cannot_be_loaded_is_passed_over() -> None:
 
     first, third = Engine("first", raising), Engine("third")
     guarded = Guard(first.open(), [first.standby, Standby("second", broken), third.standby])
-    assert same(guarded.infer(FEEDS))
-    assert guarded.serving == "third"
+    answer = right(guarded)
+    assert answer.engine == "third"
     guarded.close()
 
 
@@ -196,8 +202,8 @@ def test_what_the_caller_did_wrong_costs_no_engine_its_place() -> None:
     guarded = guard(first, second)
     with pytest.raises(SpecError, match="feeds"):
         guarded.infer({"images": np.zeros((1, 3, 5, 5), np.float32)})
-    assert same(guarded.infer(FEEDS))
-    assert guarded.serving == "first"
+    answer = right(guarded)
+    assert answer.engine == "first"
     guarded.close()
 
 
@@ -213,8 +219,26 @@ def test_hundreds_of_faults_lose_no_frame_and_deliver_no_wrong_answer() -> None:
     guarded = guard(first, second, clock=clock)
     for _ in range(300):
         clock.now += 400.0
-        assert same(guarded.infer(FEEDS))
-        degraded += guarded.degraded
+        degraded += right(guarded).degraded
     assert 150 < degraded < 270
     assert threading.active_count() < 20
+    guarded.close()
+
+
+def test_threads_share_a_guard_and_each_gets_its_own_answer() -> None:
+    rng = np.random.default_rng(1)
+    inputs = [rng.random((1, 3, HEIGHT, WIDTH), np.float32) for _ in range(64)]
+    guarded, wrong = guard(Engine("first"), Engine("second")), []
+
+    def ask(images: Array) -> None:
+        found, expected = guarded.infer({"images": images}), spot_outputs(images)
+        if not all(np.array_equal(found[name], expected[name]) for name in expected):
+            wrong.append(images)
+
+    threads = [threading.Thread(target=ask, args=(images,)) for images in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
     guarded.close()
