@@ -27,7 +27,8 @@ from edgepose.errors import (
     SpecError,
     UsageError,
 )
-from edgepose.estimator import MAX_BATCH, EstimatorOptions, PoseEstimator
+from edgepose.estimator import EstimatorOptions, PoseEstimator
+from edgepose.network import MAX_BATCH
 from edgepose.pose.preprocess import crop_transforms
 from edgepose.runtime import EXECUTABLE
 from edgepose.spec import Heatmap, ModelSpec, Regression, TensorSpec
