@@ -7,7 +7,7 @@ and a key that means nothing in its place (epochs beside `mode: ptq`) is an erro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -64,6 +64,8 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         distill_weight: Share of the teacher's outputs in the fine-tuning loss; 0 looks at the labels only.
         feature_weight: Weight of the distance between the network's feature maps and the teacher's, against 1 of the
             rest of the loss; 0 does not look at them.
+        training: Other settings of the fine-tuning, by the names that `edgepose train --settings` takes:
+            {optimizer: muon, batch_size: 64}.
         steps: Prune in so many steps, each with an equal part of `epochs` behind it, what does not divide in the last.
         schedule: What the steps leave. "equal": the same fraction of what was there. "cubic": much goes at first and
             little in the end (Zhu & Gupta, 2017). Means nothing in one step; without it several are equal.
@@ -91,6 +93,7 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     learning_rate: LearningRate = 1e-3
     distill_weight: Weight = 0.5
     feature_weight: Factor = 0.0
+    training: dict[Text, Any] = {}
     steps: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
     schedule: Schedule | None = None
     sparse_epochs: Epochs = 0
@@ -117,6 +120,8 @@ class Prune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"sparsity {self.sparsity:g} without sparse_epochs")
         if 0 < self.epochs < self.steps:
             raise ValueError(f"{self.epochs} epochs for {self.steps} steps, each of which needs one")
+        if self.training and self.epochs == self.sparse_epochs == 0:
+            raise ValueError(f"training {', '.join(self.training)} without epochs")
         if self.feature_weight > 0 and self.epochs == self.sparse_epochs == 0:
             raise ValueError(f"feature_weight {self.feature_weight:g} without epochs")
 
@@ -178,6 +183,7 @@ class QuantisationAware(
         distill_weight: Share of the floating-point network's outputs in the loss; 0 looks at the labels only.
         feature_weight: Weight of the distance between the network's feature maps and those of the floating-point
             network, against 1 of the rest of the loss; 0 does not look at them.
+        training: Other settings of the fine-tuning, as for pruning.
     """
 
     calibration_images: Images = 300
@@ -190,6 +196,7 @@ class QuantisationAware(
     learning_rate: LearningRate = 2e-4
     distill_weight: Weight = 0.5
     feature_weight: Factor = 0.0
+    training: dict[Text, Any] = {}
 
 
 Quantise = QuantiseAfterTraining | QuantisationAware

@@ -6,11 +6,12 @@ Invariant: plain data, no builder imported; equal settings mean an equal stage.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
-from edgepose.errors import UsageError
+from edgepose.errors import RecipeError, UsageError
 from edgepose.recipe import (
     Importance,
     MaxDrop,
@@ -24,6 +25,7 @@ from edgepose.recipe import (
     Scope,
 )
 from edgepose.spec import Target
+from edgepose.strict_yaml import did_you_mean
 from edgepose.training.config import TrainConfig
 
 
@@ -222,13 +224,43 @@ def _prune(prune: Prune, targets: tuple[Target, ...], seed: int) -> PruneStage:
 
 
 def _recover(prune: Prune, seed: int) -> TrainConfig:
-    return TrainConfig(
-        epochs=prune.epochs,
+    own = TrainConfig(
+        epochs=max(prune.epochs, 1),  # of sparse training before pruning, where none follows
         learning_rate=prune.learning_rate,
         distill_weight=prune.distill_weight,
         feature_weight=prune.feature_weight,
         seed=seed,
     )
+    return _with(own, prune.training, "prune")
+
+
+_FIELDS = tuple(field.name for field in msgspec.structs.fields(TrainConfig))
+_SAID_ELSEWHERE = (
+    "epochs", "learning_rate", "distill_weight", "feature_weight", "seed", "sparsity", "dense", "bf16", "rendered",
+)  # fmt: skip
+
+
+def _with(own: TrainConfig, changes: Mapping[str, Any], where: str) -> TrainConfig:
+    """Settings of fine-tuning with what the recipe says besides its own fields.
+
+    Raises:
+        RecipeError: There is no such setting, it has a field of its own, or it cannot be that.
+    """
+    for name in changes:
+        if name not in _FIELDS:
+            fix = did_you_mean(name, _FIELDS)
+            raise RecipeError(
+                f"{where}.training.{name}", found="no such setting", expected="one of TrainConfig", fix=fix
+            )
+        if name in _SAID_ELSEWHERE:
+            found = "a setting that is not the fine-tuning's to choose"
+            raise RecipeError(
+                f"{where}.training.{name}", found=found, fix="leave it out, or use the field of that name"
+            )
+    try:
+        return msgspec.convert({**msgspec.to_builtins(own), **changes}, TrainConfig)
+    except msgspec.ValidationError as err:
+        raise RecipeError(f"{where}.training", found=str(err), expected="what edgepose train --settings takes") from err
 
 
 def _sparse(prune: Prune, seed: int) -> TrainConfig:
@@ -260,7 +292,7 @@ def _quantise(quantise: Quantise, targets: tuple[Target, ...], seed: int) -> Qua
     training = None
     if isinstance(quantise, QuantisationAware):
         # NNCF computes scales in the autocast type, and bfloat16 is too coarse for them.
-        training = TrainConfig(
+        own = TrainConfig(
             epochs=quantise.epochs,
             learning_rate=quantise.learning_rate,
             distill_weight=quantise.distill_weight,
@@ -268,6 +300,7 @@ def _quantise(quantise: Quantise, targets: tuple[Target, ...], seed: int) -> Qua
             seed=seed,
             bf16=False,
         )
+        training = _with(own, quantise.training, "quantise")
     return QuantiseStage(
         quantise.calibration_images,
         symmetric,

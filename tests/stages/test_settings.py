@@ -75,3 +75,48 @@ def test_what_means_nothing_is_refused_in_the_file(mode: str, text: str, words: 
         recipe(f"mode: {mode}, {text}")
     for word in words:
         assert word in str(caught.value)
+
+
+# Settings of fine-tuning that have no field of their own
+
+
+def pruning(text: str) -> Recipe:
+    return parse_yaml(f"name: mine\ndescription: a test\nprune: {{ratio: 0.5, {text}}}\n", Recipe, source="mine.yaml")
+
+
+def test_fine_tuning_takes_what_training_takes() -> None:
+    asked = "learning_rate: 2.0e-3, training: {optimizer: muon, batch_size: 64, augment: {cutout: 0.0}}"
+    found = plan_of(pruning(f"epochs: 7, {asked}"), (CPU,)).recover
+    assert found is not None
+    assert (found.optimizer, found.batch_size, found.augment.cutout) == ("muon", 64, 0.0)
+    assert (found.epochs, found.learning_rate) == (7, 2e-3)
+    sparse = plan_of(pruning(f"epochs: 0, sparse_epochs: 3, {asked}"), (CPU,))
+    assert sparse.recover is None
+    assert sparse.sparse is not None
+    assert (sparse.sparse.epochs, sparse.sparse.optimizer) == (3, "muon")
+    aware = stage("mode: qat, training: {warmup: 0.2}").training
+    assert aware is not None
+    assert (aware.warmup, aware.bf16) == (0.2, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{optimiser: muon}", ["prune.training.optimiser", "did you mean 'optimizer'"]),
+        ("{epochs: 3}", ["prune.training.epochs", "field of that name"]),
+        ("{rendered: 0.5}", ["prune.training.rendered"]),
+        ("{batch_size: 1}", ["prune.training", ">= 2", "batch_size"]),
+        ("{optimizer: sgd}", ["prune.training", "sgd"]),
+        ("{augment: {cutouts: 0.1}}", ["prune.training", "cutouts"]),
+    ],
+)
+def test_what_training_does_not_take_is_refused(text: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan_of(pruning(f"training: {text}"), (CPU,))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_settings_of_a_fine_tuning_that_is_left_out_are_refused() -> None:
+    with pytest.raises(RecipeError, match="optimizer without epochs"):
+        pruning("epochs: 0, training: {optimizer: muon}")
