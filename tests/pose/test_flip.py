@@ -66,7 +66,9 @@ def test_answer_to_the_mirrored_crop_turns_into_the_answer_to_the_crop(points: n
     expected = answer(points, decoder)
     found = unmirror(mirrored_answer(points, decoder), spec_with(decoder))
     assert set(found) == set(expected)
-    assert np.abs(decode(found, decoder)[0] - decode(expected, decoder)[0]).max() < 0.03
+    shift_px = np.abs(decode(found, decoder)[0] - decode(expected, decoder)[0])[0].max(1)
+    inside = np.abs(points[:, 0] - (HW[1] - 1) / 2) < (HW[1] - 1) / 2 - 3.0  # beyond the borders bins are extrapolated
+    assert (shift_px < np.where(inside, 0.03, 0.1)).all()
     for name in ("seen", "errors"):
         assert np.array_equal(found[name], expected[name])
 
