@@ -25,7 +25,7 @@ from edgepose.profiler.slices import SliceRecord, measure_slices, paired_differe
 from edgepose.stats import Interval
 
 OCCLUDED = "occluded_30"
-DRAWS = 3
+DRAWS = 6
 """Pictures per person with things in front, as chance decides where they are."""
 
 _SLICES = ("clean", OCCLUDED)

@@ -40,7 +40,9 @@ from edgepose.spec import Preprocess
 from edgepose.stats import Interval
 
 RENDERED = "kpe-t-rendered"
-ORN, PLAIN, AUGMENTED = ("orn-s", "orn-s-seed1"), ("kpe-s", "kpe-s-seed1"), ("kpe-s-augmented",)
+ORN, PLAIN, AUGMENTED = (
+    ("orn-s", "orn-s-seed1"), ("kpe-s", "kpe-s-seed1"), ("kpe-s-augmented", "kpe-s-augmented-seed1"),
+)  # fmt: skip
 """The occlusion-robust network, one that saw no occluders, and one without ORN but with the same pictures; by seed."""
 
 _INT8 = "ptq-int8"
