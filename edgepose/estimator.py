@@ -154,7 +154,8 @@ class PoseEstimator:
         Args:
             path: The bundle's directory.
             backend: Take only engines of this runtime; one that does not run here is then an error.
-            threads: Threads of one inference, 0 for all physical cores; None takes what the engine was made for.
+            threads: Threads of one inference, 0 for all physical cores; None measures one, half and all cores, or takes
+                what the engine was made for where nothing is measured.
             precision: Take only engines of this precision.
             aim: What to choose for: latency, throughput, memory, energy; "none" takes the first engine that runs, as
                 the bundle lists them, and measures nothing. None takes $EDGEPOSE_AIM, else latency.
@@ -274,10 +275,8 @@ class PoseEstimator:
             raise SpecError(
                 f"reload: bundle {path}", found=f"keypoints {', '.join(there)}", expected=f"{', '.join(here)}"
             )
-        session, info = _open(bundle, self._wishes)
+        session, info = _open(bundle, self._wishes, golden=True)
         try:
-            assert info.engine is not None
-            check_golden(bundle, info.engine, session)
             network = Network(session, bundle.manifest.spec, backend=info.backend, flip_test=info.flip_test)
         except BaseException:
             session.close()
@@ -326,8 +325,8 @@ async def _each(frames: Iterable[Shown] | AsyncIterable[Shown]) -> AsyncIterator
         yield shown
 
 
-def _open(bundle: Bundle, wishes: _Wishes) -> tuple[Guard, EstimatorInfo]:
-    """Chooses and loads an engine; what is known of it."""
+def _open(bundle: Bundle, wishes: _Wishes, *, golden: bool = False) -> tuple[Guard, EstimatorInfo]:
+    """Chooses and loads an engine, with `golden` checks it; and what is known of it."""
     options = wishes.options
     candidates = runnable_engines(bundle, wishes.backend, wishes.precision)
     order = [(engine, wishes.threads) for engine in candidates]
@@ -339,6 +338,12 @@ def _open(bundle: Bundle, wishes: _Wishes) -> tuple[Guard, EstimatorInfo]:
         selection, order = preferred(bundle, candidates, asked, options.told)
     opened = open_first(bundle, order, options.execution, named=wishes.backend is not None)
     engine, spec = opened.engine, bundle.manifest.spec
+    if golden:
+        try:
+            check_golden(bundle, engine, opened.session)
+        except BaseException:
+            opened.session.close()
+            raise
     out = selection.passed_over if selection is not None and selection.best is not None else ()
     for fault in out:
         _log.warning("%s; running %s %s meanwhile", fault, engine.backend, engine.precision)

@@ -14,6 +14,8 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from edgepose.spec import AIMS, Aim, Backend, Engine, Execution, Precision
 from edgepose.storage import atomic_json
 from edgepose.timing import harness
 from edgepose.timing.messages import Load
-from edgepose.timing.pairs import Worker, running_worker
+from edgepose.timing.pairs import MEASURING, Worker, running_worker
 from edgepose.timing.record import BundleArm
 
 Told = Callable[[str, int, int], None]
@@ -74,7 +76,8 @@ class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         backend: Its runtime.
         precision: Its precision.
         threads: Threads it was given; 0 where only the runtime knows.
-        ms: Median milliseconds per person; None where nothing was timed.
+        ms: Median milliseconds per call, for throughput and energy per person; None where nothing was timed. Who wants
+            one person from an engine of fixed batch waits for the whole batch.
         peak_rss_bytes: Largest resident memory of its process; None where unknown.
         energy_mj: Millijoules per person of the whole processor package; None where not asked for.
         fault: Why it is out; "" for an engine that could serve.
@@ -125,10 +128,12 @@ class Selection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         served = [trial for trial in self.trials if not trial.fault]
         if not served:
             return f"none of {len(self.trials)} settings could serve"
-        said = f"best of {len(served)} settings measured for {self.aim}"
+        said = (
+            f"best of {len(served)} settings measured for {self.aim}" if len(served) > 1 else "the only one that serves"
+        )
         out = f"; {len(self.trials) - len(served)} out" if len(served) < len(self.trials) else ""
-        if len(served) > 1:
-            cost, _, name = _COSTS[self.aim]
+        cost, _, name = _COSTS[self.aim]
+        if len(served) > 1 and all(math.isfinite(cost(trial)) for trial in served[:2]):
             out = f" ({served[1].text} takes {cost(served[1]) / cost(served[0]):.2f} x the {name})" + out
         return said + out
 
@@ -157,7 +162,7 @@ def preferred(
     if wishes.aim not in AIMS:
         raise UsageError("aim", found=repr(wishes.aim), expected=f"{', '.join(AIMS)} or none")
     as_listed: list[tuple[Engine, int | None]] = [(engine, wishes.threads) for engine in engines]
-    if sum(len(thread_counts(engine, wishes.threads)) for engine in engines) < 2:
+    if sum(len(thread_counts(engine, wishes.threads)) for engine in engines) < 2 or not can_measure():
         return None, as_listed
     selection = select(bundle, engines, wishes, told=told)
     served = [trial for trial in selection.trials if not trial.fault]
@@ -210,6 +215,14 @@ def select(
         except (StorageError, UsageError) as err:
             _log.warning("%s: what was measured is not remembered, and is measured at every start", err)
     return selection
+
+
+def can_measure() -> bool:
+    """Whether workers can be started: not from a program without an interpreter, nor from within a measurement.
+
+    A frozen program is its own `sys.executable`, and would be started once per setting, to measure in its turn.
+    """
+    return bool(sys.executable) and not getattr(sys, "frozen", False) and MEASURING not in os.environ
 
 
 def _time(trial: Trial) -> float:
@@ -294,8 +307,10 @@ def _contest(settings: Sequence[Trial], conditions: _Conditions, told: Told) -> 
     best = close[0] if name == "time" else min(close, key=_time)
     if name == "time" and len(close) > 1:
         told("the fastest once more, in turns", len(settings), len(settings) + 1)
-        with contextlib.suppress(EdgeposeError):  # whatever died then has served before, and may again
+        try:
             best = close[_quickest(close, conditions)]
+        except EdgeposeError as err:  # whatever died has served before, and may again
+            _log.warning("%s: %s is chosen without a comparison in turns", err, best.text)
     others = sorted((trial for trial in served if trial is not best), key=cost)
     return (best, *others, *out)
 
@@ -344,7 +359,7 @@ class _Runner:
     Attributes:
         worker: The process.
         calls: Calls of a block.
-        people: People of a call.
+        people: People of a call who count: one where a single one is waited for.
     """
 
     worker: Worker
@@ -352,7 +367,7 @@ class _Runner:
     people: int
 
     def block(self) -> float:
-        """Runs a block: median nanoseconds per person."""
+        """Runs a block: median nanoseconds of a call, per person that counts."""
         return float(np.median(self.worker.block(self.calls))) / self.people
 
 
@@ -361,7 +376,8 @@ def _running(setting: Trial, conditions: _Conditions) -> Iterator[_Runner]:
     threads = setting.threads or host.physical_cores()
     with conditions.workers(setting.text, threads=threads, timeout_s=_TIMEOUT_S) as worker:
         ready = worker.load(conditions.load(setting, threads))
-        yield _Runner(worker, harness.calls_per_block(ready.call_ns, _BLOCK_NS), ready.people)
+        people = ready.people if conditions.wishes.aim in ("throughput", "energy") else 1
+        yield _Runner(worker, harness.calls_per_block(ready.call_ns, _BLOCK_NS), people)
 
 
 def _silent(_what: str, _done: int, _whole: int) -> None:

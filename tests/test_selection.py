@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from edgepose.estimator import EstimatorOptions, PoseEstimator
 from edgepose.selection import Selection, Wishes, preferred, select, thread_counts
 from edgepose.spec import Aim
 from edgepose.timing.messages import Load, Ready
+from edgepose.timing.pairs import MEASURING
 from edgepose.timing.record import BundleArm, WorkerFacts
 from tests.fakes import spot_frame
 from tests.tiny_network import spot_bundle, spot_draft, spot_onnx
@@ -243,6 +245,26 @@ def test_one_setting_needs_no_measurement(bundle: Bundle) -> None:
     assert preferred(bundle, engines, Wishes("latency", 1)) == (None, [(engines[0], 1)])
     with pytest.raises(UsageError, match="latency, throughput, memory, energy or none"):
         preferred(bundle, engines, Wishes("speed", 1))  # type: ignore[arg-type]
+
+
+def test_nothing_is_measured_from_a_frozen_program_or_within_a_measurement(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a program would start itself, to measure in its turn."""
+    engines = runnable_engines(bundle, None, None)
+    monkeypatch.setenv(MEASURING, "1")
+    assert preferred(bundle, engines, Wishes()) == (None, [(engine, None) for engine in engines])
+    monkeypatch.delenv(MEASURING)
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert preferred(bundle, engines, Wishes()) == (None, [(engine, None) for engine in engines])
+
+
+def test_latency_is_that_of_a_call_and_throughput_that_of_a_person(bundle: Bundle) -> None:
+    farm = Farm({(ORT, 2): 8.0, (VINO, 2): 16.0})
+    for aim, ms in (("latency", 8.0), ("throughput", 1.0)):
+        best = measured(bundle, farm, aim).best  # type: ignore[arg-type]
+        assert best is not None
+        assert best.ms == pytest.approx(ms)
 
 
 def test_a_real_first_start_measures_and_a_second_remembers(bundle: Bundle) -> None:

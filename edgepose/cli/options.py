@@ -25,7 +25,11 @@ BackendFlag = Annotated[
 PrecisionFlag = Annotated[str | None, typer.Option("--precision", help="Take only engines of this precision.")]
 ThreadsFlag = Annotated[
     int | None,
-    typer.Option("--threads", min=0, help="Threads of one inference, 0 for all physical cores. Default: the engine's."),
+    typer.Option(
+        "--threads",
+        min=0,
+        help="Threads of one inference, 0 for all physical cores. Default: the engine's; measured where engines are.",
+    ),
 ]
 AimFlag = Annotated[
     str | None,

@@ -1,6 +1,6 @@
 """`edgepose select`: measure which engine of a bundle, with how many threads, serves best on this machine.
 
-Invariant: what is shown is what the next start of `edgepose run` or of an app goes by.
+Invariant: what is shown is what the next start of `edgepose run` or of an app that asks for the same goes by.
 """
 
 from __future__ import annotations
@@ -71,14 +71,16 @@ def select(
     if json:
         write_json(STDOUT, found)
     else:
-        head = ("engine", "ms per person", "memory, MiB", "energy, mJ", "")
+        head = ("engine", "ms", "memory, MiB", "energy, mJ", "")
         show_table(head, [_row(trial, found.best) for trial in found.trials])
     note(found.why)
+    if found.best is not None:
+        note("edgepose run and apps that ask for the same start with it, without measuring")
     return 0 if found.best is not None else 6
 
 
 def _row(trial: Trial, best: Trial | None) -> tuple[str, ...]:
-    said = trial.fault or ("runs on this machine from now on" if trial == best else "")
+    said = trial.fault or ("chosen" if trial == best else "")
     ms = "" if trial.ms is None else f"{trial.ms:.2f}"
     memory = "" if trial.peak_rss_bytes is None else f"{trial.peak_rss_bytes / 2**20:.0f}"
     energy = "" if trial.energy_mj is None else f"{trial.energy_mj:.2f}"

@@ -24,7 +24,7 @@ _log = logging.getLogger("edgepose")
 
 PATIENCE_S = 10.0
 """How long an inference may take where nobody measured how long it does."""
-_COOL_DOWN_S, _LONGEST_S = 1.0, 300.0
+_COOL_DOWN_S, _HANG_S, _LONGEST_S = 1.0, 60.0, 300.0
 _MAP = 16  # fewer numbers than that may well be equal
 
 
@@ -65,9 +65,9 @@ class Answer:
 class Guard:
     """Engines in order of preference as one session. Threads may share it: they are answered one after the other.
 
-    An engine that fails is closed and left alone for a second, then two, four, up to five minutes; then it is tried
-    again. The frame at hand goes to the next engine. An engine that hangs cannot be stopped from outside: its thread is
-    left to itself, and closes it should it ever come back.
+    An engine that fails is closed and left alone for a second, then two, four, up to five minutes, and one that hangs
+    for a minute at first; then it is tried again. The frame at hand goes to the next engine. An engine that hangs
+    cannot be stopped from outside: its thread is left to itself, and closes it should it ever come back.
 
     Args:
         first: The preferred engine, loaded already.
@@ -112,15 +112,15 @@ class Guard:
             SpecError: The feeds do not fit `inputs`.
             EngineFault: None of the engines could answer; that of the preferred one.
         """
-        checked = check_feeds(feeds, self._inputs)
         faults = []
         with self._lock:
             if self._closed:
                 raise ClosedSession
             for place in self._order():
                 try:
-                    outputs = self._answer(place, checked)
+                    outputs = self._answer(place, feeds)
                 except Exception as err:  # noqa: BLE001 - whatever an engine raises, the frame is not lost
+                    check_feeds(feeds, self._inputs)  # the caller's mistakes cost no engine its place
                     faults.append(self._trip(place, err))
                     continue
                 place.failures = 0
@@ -141,18 +141,19 @@ class Guard:
         ready = [place for place in self._places if place.retry_at <= now]
         return ready or [min(self._places, key=lambda place: place.retry_at)]
 
-    def _answer(self, place: _Place, feeds: dict[str, Array]) -> dict[str, Array]:
+    def _answer(self, place: _Place, feeds: Mapping[str, Array]) -> dict[str, Array]:
         if place.thread is None:
             place.thread = _Thread(place.engine.open())
         outputs = place.thread.infer(feeds, place.engine.patience_s)
-        _look_at(outputs, self._outputs, feeds)
+        _look_at(outputs, self._outputs, feeds, self._inputs[0].shape[0])
         return outputs
 
     def _trip(self, place: _Place, err: Exception) -> EngineFault:
-        """Closes an engine that failed, and leaves it alone for a while."""
+        """Closes an engine that failed, and leaves it alone for a while: longer where it made callers wait."""
+        shortest_s = _HANG_S if place.thread is not None and place.thread.hangs else _COOL_DOWN_S
         place.drop()
         place.failures += 1
-        pause_s = min(_COOL_DOWN_S * 2 ** (place.failures - 1), _LONGEST_S)
+        pause_s = min(shortest_s * 2 ** (place.failures - 1), _LONGEST_S)
         place.retry_at = self._clock() + pause_s
         fault = EngineFault(
             f"engine {place.engine.name}",
@@ -190,13 +191,14 @@ class _Thread:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._asked: SimpleQueue[tuple[int, dict[str, Array]] | None] = SimpleQueue()
+        self._asked: SimpleQueue[tuple[int, Mapping[str, Array]] | None] = SimpleQueue()
         self._told: SimpleQueue[tuple[int, dict[str, Array] | BaseException]] = SimpleQueue()
         self._ticket = 0
+        self.hangs = False
         self._thread = threading.Thread(target=self._serve, name="edgepose-engine", daemon=True)
         self._thread.start()
 
-    def infer(self, feeds: dict[str, Array], patience_s: float) -> dict[str, Array]:
+    def infer(self, feeds: Mapping[str, Array], patience_s: float) -> dict[str, Array]:
         """Runs the session; raises what it raises, or `_NoAnswer` when it takes too long."""
         self._ticket += 1
         self._asked.put((self._ticket, feeds))
@@ -204,6 +206,7 @@ class _Thread:
             try:
                 ticket, said = self._told.get(timeout=patience_s)
             except Empty:
+                self.hangs = True
                 raise _NoAnswer(f"nothing for {patience_s:g} s") from None
             if ticket != self._ticket:
                 continue  # of a call that Ctrl-C ended
@@ -214,7 +217,8 @@ class _Thread:
     def end(self) -> None:
         """Closes the session as soon as it is idle, and waits for that unless it hangs."""
         self._asked.put(None)
-        self._thread.join(_COOL_DOWN_S)
+        if not self.hangs:
+            self._thread.join()
 
     def _serve(self) -> None:
         while (request := self._asked.get()) is not None:
@@ -226,8 +230,10 @@ class _Thread:
         self.session.close()
 
 
-def _look_at(outputs: Mapping[str, Array], expected: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None:
-    """Refuses what cannot be an answer to these crops."""
+def _look_at(
+    outputs: Mapping[str, Array], expected: Sequence[TensorSpec], feeds: Mapping[str, Array], batch: int | str
+) -> None:
+    """Refuses what cannot be an answer to these crops; `batch` is what the input calls its free first dimension."""
     count = len(next(iter(feeds.values())))
     for tensor in expected:
         value = outputs.get(tensor.name)
@@ -235,7 +241,7 @@ def _look_at(outputs: Mapping[str, Array], expected: Sequence[TensorSpec], feeds
             raise _NoAnswer(f"no output {tensor.name!r}")
         rest = zip(value.shape[1:], tensor.shape[1:], strict=False)
         fits = value.ndim == len(tensor.shape) and all(isinstance(b, str) or a == b for a, b in rest)
-        if not fits or (tensor.shape and isinstance(tensor.shape[0], str) and len(value) != count):
+        if not fits or (isinstance(batch, str) and tensor.shape[:1] == (batch,) and len(value) != count):
             raise _NoAnswer(f"{tensor.name} of shape {value.shape} for {count} crops")
         if value.size and value.dtype.kind == "f":
             low, high = float(value.min()), float(value.max())  # NaN wherever there is one

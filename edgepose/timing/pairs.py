@@ -54,6 +54,9 @@ from edgepose.timing.record import (
 Progress = Callable[[int, int], None]
 """Called with the rounds done and all rounds."""
 
+MEASURING = "EDGEPOSE_MEASURING"
+"""Variable that is set in worker processes, so that nothing in them starts to measure in its turn."""
+
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -156,6 +159,7 @@ def running_worker(label: str, *, threads: int, timeout_s: float) -> Iterator[Wo
         EnvironmentFault: The process cannot be started.
     """
     environment = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    environment[MEASURING] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     command = [sys.executable, "-m", "edgepose.timing.worker", str(time.perf_counter_ns())]
     with contextlib.ExitStack() as stack:

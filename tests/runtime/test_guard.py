@@ -166,6 +166,28 @@ def test_a_failed_engine_is_left_alone_longer_each_time_and_then_comes_back() ->
     guarded.close()
 
 
+def test_an_engine_that_hung_is_left_alone_for_longer_and_the_next_answers_at_once() -> None:
+    free, clock = threading.Event(), Clock()
+
+    def hanging(images: Array) -> dict[str, Array]:
+        assert free.wait(20)
+        return spot_outputs(images)
+
+    first = Engine("first", hanging)
+    guarded = guard(first, Engine("second"), clock=clock)
+    start = time.monotonic()
+    assert right(guarded).engine == "second"
+    assert time.monotonic() - start < 5
+    clock.now = 59.0
+    assert right(guarded).engine == "second"
+    assert len(first.sessions) == 1
+    first.network = spot_outputs
+    clock.now = 61.0
+    assert right(guarded).engine == "first"
+    free.set()
+    guarded.close()
+
+
 def test_a_single_engine_is_tried_again_with_the_next_frame() -> None:
     only = Engine("only", raising)
     guarded = guard(only)
