@@ -19,7 +19,7 @@ _log = logging.getLogger("edgepose")
 
 
 def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Precision | None = None) -> Engine:
-    """The engine that `PoseEstimator.from_bundle` would run.
+    """The first engine that runs here: what `PoseEstimator.from_bundle` takes where it is to measure nothing.
 
     Args:
         bundle: The bundle.
@@ -36,9 +36,8 @@ def choose_engine(bundle: Bundle, backend: Backend | None = None, precision: Pre
     candidates = runnable_engines(bundle, backend, precision)
     if backend is not None or candidates[0].backend in EXECUTABLE:
         return candidates[0]
-    opened = open_first(
-        bundle, [(engine, None) for engine in candidates], None, named=False
-    )  # of TensorRT's engines only opening them tells
+    # Of TensorRT's engines only opening them tells.
+    opened = open_first(bundle, [(engine, None) for engine in candidates], None, named=False)
     opened.session.close()
     return opened.engine
 

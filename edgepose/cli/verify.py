@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from edgepose.bundle import Bundle, check_engine, verify_bundle
+from edgepose.bundle import Bundle, verify_bundle
 from edgepose.cli.console import STDOUT, note, say, show_table, steps, write_json
 from edgepose.cli.options import (
     BackendFlag,
@@ -24,10 +24,10 @@ from edgepose.cli.options import (
     checked_backend,
     checked_execution,
 )
-from edgepose.engines import engines_of
+from edgepose.engines import engines_of, open_engine
 from edgepose.errors import BackendUnavailable, EnvironmentFault, IntegrityError, ParityError
 from edgepose.golden import KEYPOINTS, check_golden
-from edgepose.runtime import SessionFacts, facts_of, open_session
+from edgepose.runtime import SessionFacts, facts_of
 from edgepose.runtime.provenance import ForeignEngine
 from edgepose.spec import Engine, Execution
 
@@ -110,15 +110,8 @@ def verify(
 
 def _check(bundle: Bundle, engine: Engine, threads: int | None, execution: Execution | None) -> EngineCheck:
     told = engine.path, engine.backend, engine.precision
-    used = engine.threads if threads is None else threads
     try:
-        session = open_session(
-            check_engine(bundle, engine),
-            engine.backend,
-            threads=used,
-            precision=engine.precision,
-            execution=execution or engine.execution,
-        )
+        session = open_engine(bundle, engine, threads, execution)
     except (ForeignEngine, EnvironmentFault) as err:
         return EngineCheck(*told, "not run", str(err), err)
     try:

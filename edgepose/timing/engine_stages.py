@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepose.bundle import Bundle, check_engine, read_bundle
-from edgepose.engines import choose_engine, named_engine
+from edgepose import engines
+from edgepose.bundle import Bundle, read_bundle
 from edgepose.errors import IntegrityError
 from edgepose.golden import check_golden
 from edgepose.pose.codec import decode, people_candidates
@@ -70,11 +70,7 @@ def open_engine(arm: BundleArm | ModelArm, request: Load) -> EngineStages:
             fix="measure again, and do not replace bundles meanwhile",
         )
     engine = _engine_of(bundle, arm)
-    file = check_engine(bundle, engine)
-    execution = arm.execution or engine.execution
-    session = open_session(
-        file, engine.backend, threads=request.threads, precision=engine.precision, execution=execution
-    )
+    session = engines.open_engine(bundle, engine, request.threads, arm.execution)
     if arm.golden:
         check_golden(bundle, engine, session)
     if arm.timed == "infer":
@@ -86,8 +82,8 @@ def open_engine(arm: BundleArm | ModelArm, request: Load) -> EngineStages:
 
 def _engine_of(bundle: Bundle, arm: BundleArm) -> Engine:
     if arm.engine:
-        return named_engine(bundle, arm.engine, arm.backend)
-    return choose_engine(bundle, arm.backend, arm.precision)
+        return engines.named_engine(bundle, arm.engine, arm.backend)
+    return engines.choose_engine(bundle, arm.backend, arm.precision)
 
 
 def synthetic_feeds(inputs: tuple[TensorSpec, ...], *, batch: int, seed: int) -> dict[str, NDArray[Any]]:
