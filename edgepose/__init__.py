@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgepose.spec import Poses as Poses
     from edgepose.spec import Preprocess as Preprocess
     from edgepose.spec import TensorSpec as TensorSpec
+    from edgepose.tracker import PoseTracker as PoseTracker
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOME = {
     "Keypoints": "spec",
     "ModelSpec": "spec",
     "PoseEstimator": "estimator",
+    "PoseTracker": "tracker",
     "Poses": "spec",
     "Preprocess": "spec",
     "Session": "runtime.session",

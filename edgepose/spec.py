@@ -1,6 +1,6 @@
 """Every frozen type that crosses a seam between packages: what a network eats, what it says, and where it runs.
 
-Invariant: instances are immutable, carry no behaviour beyond derived properties, and serialise to JSON with msgspec.
+Invariant: instances are immutable, have no behaviour but what derives from them, and serialise to JSON with msgspec.
 
 Frames of reference used throughout edgepose: x runs right, y runs down, and integer coordinates are pixel *centres*
 (OpenCV's convention). "Source" is the user's image; "input" is the network's input crop.
@@ -8,7 +8,7 @@ Frames of reference used throughout edgepose: x runs right, y runs down, and int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args
 
 import msgspec
@@ -338,6 +338,7 @@ class Poses:
         visibility: (N, K) float32, probability that each joint can be seen; None if the network does not say.
         errors_px: (N, K) float32, expected error of each keypoint in source pixels; None if the network does not say.
         degraded: Whether another engine than the chosen one produced them, because that one failed.
+        ids: (N,) int64, who they are throughout a video, from 1; None where nobody follows them.
     """
 
     keypoints: NDArray[np.float32]
@@ -347,6 +348,14 @@ class Poses:
     visibility: NDArray[np.float32] | None = None
     errors_px: NDArray[np.float32] | None = None
     degraded: bool = False
+    ids: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return int(self.keypoints.shape[0])
+
+    def take(self, rows: NDArray[np.intp]) -> Poses:
+        """Some of the people, in the order of `rows`, (M,) int."""
+        visibility, errors_px = (None if v is None else v[rows] for v in (self.visibility, self.errors_px))
+        ids = None if self.ids is None else self.ids[rows]
+        poses = replace(self, keypoints=self.keypoints[rows], scores=self.scores[rows], boxes=self.boxes[rows])
+        return replace(poses, visibility=visibility, errors_px=errors_px, ids=ids)

@@ -104,6 +104,11 @@ def json_bytes(value: Any) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2) + b"\n"
 
 
+def json_line(value: Any) -> bytes:
+    """`value` as one line of UTF-8 JSON that ends in a newline, as `json_bytes` otherwise."""
+    return msgspec.json.encode(value, enc_hook=_plain) + b"\n"
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """For libraries that write to a path of their own: yields a temporary sibling that becomes `path` at the end.

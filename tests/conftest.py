@@ -21,6 +21,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
+from tests.stream import stream  # noqa: E402, F401 - fixture
 from tests.tiny_checkpoint import compiled, tiny  # noqa: E402, F401 - fixtures
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -46,7 +46,7 @@ VERBS: dict[str, Verb] = {
     "prune": Verb("prune", "prune", "plan which blocks and channels go, show the plan, apply it to a checkpoint"),
     "build": Verb("build", "build", "build the engines of a bundle for other targets, as a new bundle"),
     "import": Verb("import_", "import_", "turn somebody else's ONNX network into a bundle"),
-    "run": Verb("run", "run", "find the poses in a photograph, a folder or a video"),
+    "run": Verb("run", "run", "find the poses in a photograph, a folder, a video, or before a camera"),
     "eval": Verb("eval", "eval_", "measure the accuracy of a network or bundle on labelled photographs"),
     "select": Verb("select", "select", "measure which engine of a bundle serves best on this machine, and remember it"),
     "profile": Verb("profile", "profile", "measure latency, throughput and memory of a bundle"),

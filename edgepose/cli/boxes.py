@@ -34,12 +34,14 @@ class BoxFile:
         everywhere: Boxes of the one photograph, or of every frame; None where there is one list per name or frame.
         by_frame: One list per frame of a video.
         by_name: One list per photograph or video.
+        image_ids: COCO's number of each photograph; None where the file is no COCO annotations.
     """
 
     source: Path
     everywhere: Boxes | None = None
     by_frame: list[Boxes] | None = None
     by_name: Mapping[str, Boxes] = field(default_factory=dict)
+    image_ids: Mapping[str, int] | None = None
 
     def of(self, name: str, frame: int | None = None) -> Boxes:
         """Boxes of one photograph, or of one frame of a video.
@@ -87,7 +89,8 @@ def read_boxes(path: Path, *, several: bool) -> BoxFile:
         raise AnnotationError(str(path), found=f"text that is not JSON ({err})", expected=_FORMS) from err
     match document:
         case {"annotations": list(), "images": list()}:
-            return BoxFile(path, by_name=_coco(path, document))
+            boxes = _coco(path, document)
+            return BoxFile(path, by_name=boxes, image_ids={i["file_name"]: i["id"] for i in document["images"]})
         case dict():
             names = {name: _boxes(f"{path}: {name}", value) for name, value in document.items()}
             return BoxFile(path, by_name=names)

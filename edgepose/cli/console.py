@@ -6,6 +6,7 @@ elsewhere each step leaves one line; NO_COLOR, CI and GITHUB_ACTIONS are respect
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -140,13 +141,13 @@ class Steps:
         Args:
             what: Name of the step.
             done: How much of it is done.
-            whole: How much there is.
+            whole: How much there is; infinite where nobody knows.
             detail: Shown behind, a loss for instance.
         """
         if what != self._what:
             self._begin(what, whole)
         if self.bar is not None and self._task is not None:
-            self.bar.update(self._task, completed=done, total=whole, detail=detail)
+            self.bar.update(self._task, completed=done, total=_total(whole), detail=detail)
             return
         now = time.monotonic()
         finished = done >= whole
@@ -168,12 +169,14 @@ class Steps:
         if self.bar is not None:
             if self._task is not None:
                 self.bar.remove_task(self._task)
-            self._task = self.bar.add_task(what, total=whole, detail="")
+            self._task = self.bar.add_task(what, total=_total(whole), detail="")
 
     def _line(self, done: float, whole: float, detail: str, spent_s: float) -> str:
         behind = f", {detail}" if detail else ""
         if done >= whole:
             return f"{self._what}: done in {duration(spent_s)}{behind}"
+        if not math.isfinite(whole):
+            return f"{self._what}: {done:.0f} in {duration(spent_s)}{behind}"
         left_s = spent_s * (whole - done) / max(done, 1e-9)
         return f"{self._what}: {done:.0f} of {whole:.0f}, about {duration(left_s)} left{behind}"
 
@@ -193,6 +196,10 @@ def steps() -> Iterator[Steps]:
     )
     with Progress(*columns, console=console(err=True), transient=True) as bar:
         yield Steps(bar)
+
+
+def _total(whole: float) -> float | None:
+    return whole if math.isfinite(whole) else None
 
 
 def duration(seconds: float) -> str:

@@ -1,28 +1,26 @@
-"""`edgepose run`: poses of the people in a photograph, a folder of photographs, or a video.
+"""`edgepose run`: poses of the people in a photograph, a folder of photographs, a video, or before a camera.
 
-Invariant: the drawn pictures and the JSON appear only when the last frame was done; an error leaves neither.
+Invariant: the drawn pictures and the files of poses appear only when the last frame was done; an error leaves none of
+them. Ctrl-C ends a camera's run, which has no other end, as if its last frame had come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 
-from edgepose.cli.boxes import BoxFile, read_boxes
-from edgepose.cli.console import STDOUT, note, say, steps, write_json
+from edgepose.cli.boxes import read_boxes
+from edgepose.cli.console import STDOUT, Steps, note, say, steps
 from edgepose.cli.options import (
     AimFlag,
     BackendFlag,
     DeviceFlag,
     FlipTestFlag,
-    JsonFlag,
     PrecisionFlag,
     ProviderFlag,
     StrictFlag,
@@ -33,46 +31,102 @@ from edgepose.cli.options import (
     checked_execution,
     checked_precision,
 )
-from edgepose.cli.pictures import Shot, Source, check_output_suffix, open_source, picture_sink, shots
-from edgepose.errors import AnnotationError, ImageError, UsageError
+from edgepose.cli.pose_files import pose_sink
+from edgepose.cli.run_frames import Finders, Following, found_in
+from edgepose.errors import UsageError
 from edgepose.estimator import EstimatorInfo, EstimatorOptions, PoseEstimator
 from edgepose.pose.draw import draw
-from edgepose.pose.metrics import oks_sigmas
-from edgepose.pose.nms import oks_nms
-from edgepose.pose.smoothing import SmoothingState, smooth_people
-from edgepose.profiler.accuracy import AREA_OF_BOX
 from edgepose.spec import Aim, Backend, Execution, Keypoints, OneStage, Poses, Precision
+from edgepose.video.sinks import check_output_suffix, picture_sink
+from edgepose.video.sources import Shot, Source, open_source, shots
 
 EXAMPLES = (
     "edgepose run kpe-s.bundle photo.jpg --out drawn.jpg",
     "edgepose run kpe-s.bundle photo.jpg --boxes boxes.json --json poses.json",
-    "edgepose run kpe-s.bundle photos --boxes annotations.json --flip-test --oks-nms 0.9 --out drawn",
-    "edgepose run kpe-s.bundle street.jpg --detector people.bundle --out drawn.jpg",
-    "edgepose run kpe-s.bundle match.mp4 --backend openvino --threads 4 --smooth --out drawn.mp4",
+    "edgepose run kpe-s.bundle photos --boxes annotations.json --flip-test --oks-nms 0.9 --coco-results results.json",
+    "edgepose run kpe-s.bundle match.mp4 --detector people.bundle --track --smooth --out drawn.mp4 --json poses.jsonl",
+    "edgepose run kpe-s.bundle 0 --track --smooth --seconds 30 --out me.mp4",
+    "edgepose run kpe-s.bundle rtsp://camera/stream --detector people.bundle --track --json -",
 )
+
+
+BoxesFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--boxes",
+        help="Where the people are: JSON [[x1, y1, x2, y2], …], {file name: such a list}, or COCO annotations. "
+        "Default: one person fills the frame.",
+    ),
+]
+DetectorFlag = Annotated[
+    Path | None,
+    typer.Option("--detector", help="Bundle of a box detector or one-stage network that finds the people first."),
+]
+OutFlag = Annotated[
+    Path | None, typer.Option("--out", help="Draw the poses: a picture, a folder or a video, as SOURCE is.")
+]
+PosesFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the poses: a JSON array, or a line per frame where the name ends in .jsonl (- for stdout, with "
+        "lines while a camera runs).",
+    ),
+]
+CocoFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--coco-results",
+        help="Write COCO keypoint results; image ids are those of the annotations in --boxes, else 0, 1, …",
+    ),
+]
+MinScoreFlag = Annotated[float, typer.Option("--min-score", min=0.0, max=1.0, help="Joints below it are drawn hollow.")]
+OksFlag = Annotated[
+    float | None,
+    typer.Option(
+        "--oks-nms", min=0.0, max=1.0, help="Where poses are more alike than this (OKS), keep the most confident."
+    ),
+]
+TrackFlag = Annotated[
+    bool,
+    typer.Option(
+        "--track",
+        help="Follow people through a video: each keeps a number, and is looked for where they were in the frame "
+        "before; --detector then looks every tenth frame and where somebody got lost.",
+    ),
+]
+SmoothFlag = Annotated[
+    bool, typer.Option("--smooth", help="Steady the joints of everybody in a video (one-euro filter).")
+]
+EveryFrameFlag = Annotated[
+    bool,
+    typer.Option(
+        "--every-frame", help="Of a camera take each frame in turn; default: the latest one, others are dropped."
+    ),
+]
+SecondsFlag = Annotated[
+    float | None, typer.Option("--seconds", min=0.1, help="Stop after this long (default: Ctrl-C, or the end).")
+]
+ConvertFlag = Annotated[bool, typer.Option("--convert", help="Take grey photographs and such with an alpha channel.")]
+ShortFlag = Annotated[bool, typer.Option("--allow-short", help="Take a video that ends before its header says.")]
+ForceFlag = Annotated[bool, typer.Option("--force", help="Replace a folder of pictures that is at --out.")]
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A photograph, a folder of photographs, or a video.")
-    ],
-    boxes: Annotated[
-        Path | None,
-        typer.Option(
-            "--boxes",
-            help="Where the people are: JSON [[x1, y1, x2, y2], …], {file name: such a list}, or COCO annotations. "
-            "Default: one person fills the frame.",
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A photograph, a folder of photographs, a video, a camera (its number or /dev/video0), or a stream "
+            "(rtsp://, http://).",
         ),
-    ] = None,
-    detector: Annotated[
-        Path | None,
-        typer.Option("--detector", help="Bundle of a box detector or one-stage network that finds the people first."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Draw the poses: a picture, a folder or a video, as SOURCE is.")
-    ] = None,
-    json: JsonFlag = None,
+    ],
+    boxes: BoxesFlag = None,
+    detector: DetectorFlag = None,
+    out: OutFlag = None,
+    json: PosesFlag = None,
+    coco_results: CocoFlag = None,
     backend: BackendFlag = None,
     precision: PrecisionFlag = None,
     provider: ProviderFlag = None,
@@ -81,55 +135,47 @@ def run(
     threads: ThreadsFlag = None,
     aim: AimFlag = None,
     flip_test: FlipTestFlag = False,
-    min_score: Annotated[
-        float, typer.Option("--min-score", min=0.0, max=1.0, help="Joints below it are drawn hollow.")
-    ] = 0.3,
-    max_oks: Annotated[
-        float | None,
-        typer.Option(
-            "--oks-nms", min=0.0, max=1.0, help="Where poses are more alike than this (OKS), keep the most confident."
-        ),
-    ] = None,
-    smooth: Annotated[
-        bool,
-        typer.Option("--smooth", help="Steady the joints of a video (one-euro filter); boxes in one order throughout."),
-    ] = False,
-    convert: Annotated[
-        bool, typer.Option("--convert", help="Take grey photographs and such with an alpha channel.")
-    ] = False,
-    allow_short: Annotated[
-        bool, typer.Option("--allow-short", help="Take a video that ends before its header says.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a folder of pictures that is at --out.")] = False,
+    min_score: MinScoreFlag = 0.3,
+    max_oks: OksFlag = None,
+    track: TrackFlag = False,
+    smooth: SmoothFlag = False,
+    every_frame: EveryFrameFlag = False,
+    seconds: SecondsFlag = None,
+    convert: ConvertFlag = False,
+    allow_short: ShortFlag = False,
+    force: ForceFlag = False,
 ) -> int:
     """Find the poses of the people in SOURCE.
 
     Prints a line per photograph; --out draws, --json writes keypoints [x, y] in pixels of the source, scores and, where
     the network says them, each joint's visibility 0..1 and expected error in pixels.
     """
-    check_outputs([out, json], [path for path in (source, bundle, boxes, detector) if path is not None])
+    inputs = [path for path in (Path(source), bundle, boxes, detector) if path is not None]
+    check_outputs([out, json, coco_results], inputs)
     wanted, execution = checked_execution(checked_backend(backend), provider, device, strict=strict)
     opening = _Opening(wanted, threads, checked_precision(precision), execution, checked_aim(aim), strict)
-    opened = open_source(source)
-    if out is not None:
-        check_output_suffix(out, opened.kind)
-    _check_post_processing(opened, smooth=smooth, duplicates=max_oks is not None, people=(boxes, detector))
-    people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
-    with (
-        opening.open(bundle, flip_test=flip_test) as estimator,
-        nullcontext() if detector is None else _detector(detector, estimator, opening) as finder,
-    ):
-        info = estimator.info()
-        processed = _PostProcessing(estimator.spec.keypoints, max_oks, opened.fps if smooth else 0.0)
-        frames = shots(opened, convert=convert, allow_short=allow_short)
-        found = ((shot, processed(shot, _poses(estimator, shot, people, finder))) for shot in frames)
-        rows = _written(found, opened, _Outputs(out, json, force, min_score), estimator.spec.keypoints)
-    if people is None and finder is None and not isinstance(estimator.spec.decoder, OneStage):
+    opened = open_source(source, policy="every" if every_frame else "latest")
+    with nullcontext() if opened.live is None else opened.live:
+        if out is not None:
+            check_output_suffix(out, opened.kind)
+        following = Following(track, smooth, max_oks)
+        _check_flags(opened, following, people=(boxes, detector), timed=(every_frame, seconds))
+        people = read_boxes(boxes, several=opened.kind == "folder") if boxes is not None else None
+        with (
+            opening.open(bundle, flip_test=flip_test) as estimator,
+            nullcontext() if detector is None else _detector(detector, estimator, opening) as finder,
+        ):
+            info = estimator.info()
+            frames = _until(shots(opened, convert=convert, allow_short=allow_short), seconds)
+            found = found_in(frames, opened, Finders(estimator, finder, people, following))
+            files = _Files(out, json, coco_results, force, people.image_ids if people is not None else None)
+            tally = _written(found, opened, files, estimator.spec.keypoints, min_score)
+    if people is None and finder is None and not (track or isinstance(estimator.spec.decoder, OneStage)):
         note("no --boxes and no --detector given: took each whole frame as one person")
     _say_how(info)
-    if json != STDOUT:
-        _summary(opened, rows, min_score)
-    _say_where(out, json)
+    if STDOUT not in (json, coco_results):
+        tally.say(opened)
+    _say_where(out, json, coco_results)
     return 0
 
 
@@ -152,45 +198,104 @@ class _Opening:
             return PoseEstimator.from_bundle(bundle, *wishes, aim=self.aim, options=options)
 
 
+def _until(frames: Iterator[Shot], seconds: float | None) -> Iterator[Shot]:
+    """The frames up to a time."""
+    for shot in frames:
+        if seconds is not None and shot.time_s >= seconds:
+            return
+        yield shot
+
+
 @dataclass(frozen=True, slots=True)
-class _Outputs:
+class _Files:
     """Where poses go.
 
     Attributes:
         out: Pictures, a folder of them or a video; None for none.
         json: The rows; None for nowhere.
+        coco: COCO results; None for nowhere.
         replace: Whether a folder that is at `out` goes.
-        min_score: Joints below it are drawn hollow.
+        image_ids: COCO's number of each photograph, where it is known.
     """
 
     out: Path | None
     json: Path | None
+    coco: Path | None
     replace: bool
-    min_score: float
+    image_ids: Mapping[str, int] | None
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What there was.
+
+    Attributes:
+        lines: A line per photograph.
+        frames: How many.
+        poses: How many.
+    """
+
+    lines: list[str]
+    frames: int = 0
+    poses: int = 0
+
+    def add(self, shot: Shot, poses: Poses, min_score: float) -> None:
+        """Counts a frame."""
+        self.frames += 1
+        self.poses += len(poses)
+        if shot.number is not None:
+            return
+        who = f"{len(poses)} {'person' if len(poses) == 1 else 'people'}"
+        above = f", {int((poses.scores >= min_score).sum())} of {poses.scores.size} joints above {min_score:g}"
+        self.lines.append(f"{shot.name}: {who}{above if poses.scores.size else ''}")
+
+    def say(self, source: Source) -> None:
+        """Prints it."""
+        for line in self.lines:
+            say(line)
+        if source.has_time:
+            dropped = f", {source.live.dropped} dropped" if source.live is not None else ""
+            say(f"{source.name}: {self.frames} frames{dropped}, {self.poses} poses")
 
 
 def _written(
-    found: Iterable[tuple[Shot, Poses]], source: Source, outputs: _Outputs, keypoints: Keypoints
-) -> list[dict[str, Any]]:
-    """Draws and writes poses as they are found, with progress; the rows."""
-    rows: list[dict[str, Any]] = []
-    what = f"running over {source.path.name}"
-    with steps() as progress:
-        with picture_sink(outputs.out, source, replace=outputs.replace) as sink:
-            for shot, poses in found:
-                sink(shot, draw(shot.frame, poses, keypoints, min_score=outputs.min_score))
-                rows.append(_row(shot, poses))
-                if len(rows) < source.total:
-                    progress.told(what, len(rows), source.total)
-            if outputs.json is not None:
-                write_json(outputs.json, rows)
+    found: Iterator[tuple[Shot, Poses]], source: Source, files: _Files, keypoints: Keypoints, min_score: float
+) -> _Tally:
+    """Draws and writes poses as they are found, with progress."""
+    tally = _Tally([])
+    with steps() as progress, closing(found):  # type: ignore[type-var]
+        with (
+            picture_sink(files.out, source, replace=files.replace) as put_picture,
+            pose_sink(files.json, files.coco, endless=source.live is not None, image_ids=files.image_ids) as put_poses,
+        ):
+            try:
+                for shot, poses in found:
+                    put_picture(shot, draw(shot.frame, poses, keypoints, min_score=min_score))
+                    put_poses(shot, poses)
+                    tally.add(shot, poses, min_score)
+                    _show(progress, source, tally.frames)
+            except KeyboardInterrupt:
+                if source.live is None:
+                    raise
         if source.total > 1:
-            progress.told(what, len(rows), len(rows))
-    return rows
+            progress.told(f"running over {source.name}", tally.frames, tally.frames)
+    return tally
 
 
-def _check_post_processing(
-    source: Source, *, smooth: bool, duplicates: bool, people: tuple[Path | None, Path | None]
+def _show(progress: Steps, source: Source, frames: int) -> None:
+    what = f"running over {source.name}"
+    if source.live is not None:
+        progress.told(what, frames, float("inf"), f"{source.live.dropped} dropped; Ctrl-C ends it")
+    elif frames < source.total:
+        progress.told(what, frames, source.total)
+
+
+def _check_flags(
+    source: Source,
+    following: Following,
+    *,
+    people: tuple[Path | None, Path | None],
+    timed: tuple[bool, float | None],
 ) -> None:
     """Refuses flags that would do nothing.
 
@@ -198,11 +303,21 @@ def _check_post_processing(
         UsageError: Names the flag.
     """
     boxes, detector = people
+    every_frame, seconds = timed
+    off = "leave it off"
     if boxes is not None and detector is not None:
         raise UsageError("--detector", found="--boxes as well", expected="one of them", fix="leave one of them off")
-    if smooth and source.kind != "video":
-        raise UsageError("--smooth", found=f"{source.path}, which has no time", expected="a video", fix="leave it off")
-    if duplicates and people == (None, None):
+    given = {"--smooth": following.smooth, "--track": following.track, "--seconds": seconds is not None}
+    for flag, asked in given.items():
+        if asked and not source.has_time:
+            raise UsageError(flag, found=f"{source.name}, which has no time", expected="a video or a camera", fix=off)
+    if every_frame and source.kind != "live":
+        found = f"{source.name}, of which every frame is taken anyway"
+        raise UsageError("--every-frame", found=found, expected="a camera or a stream", fix=off)
+    if boxes is not None and source.kind == "live":
+        found = "a camera, of which nobody knows where people will be"
+        raise UsageError("--boxes", found=found, expected="a file", fix="use --detector")
+    if following.max_oks is not None and people == (None, None) and not following.track:
         found = "no --boxes, so one pose per frame"
         raise UsageError("--oks-nms", found=found, expected="several boxes", fix="give --boxes, or leave it off")
 
@@ -237,87 +352,3 @@ def _detector(path: Path, estimator: PoseEstimator, opening: _Opening) -> PoseEs
         found = f"{finder.spec.name}, which is shown one person at a time"
         raise UsageError("--detector", found=found, expected="a box detector or one-stage network")
     return finder
-
-
-def _poses(estimator: PoseEstimator, shot: Shot, people: BoxFile | None, finder: PoseEstimator | None = None) -> Poses:
-    where = shot.name if shot.number is None else f"{shot.name}: frame {shot.number}"
-    try:
-        if finder is not None:
-            return estimator(shot.frame, _inside(finder(shot.frame).boxes))
-        return estimator(shot.frame, people.of(shot.name, shot.number) if people is not None else None)
-    except (AnnotationError, ImageError) as err:
-        if err.where.startswith(("boxes", "frame")):
-            text = f"{where}: {err.where}"
-            raise type(err)(text, found=err.found, expected=err.expected, fix=err.fix) from err
-        raise
-
-
-def _inside(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Boxes that are left of those found when they were cut off at the frame's borders."""
-    return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
-
-
-@dataclass(slots=True)
-class _PostProcessing:
-    """What is done to the poses of a frame: duplicates go, then joints are smoothed over time.
-
-    Attributes:
-        keypoints: The network's keypoint set.
-        oks_nms: Poses more alike than this are one person's; None keeps all.
-        fps: Frames per second of the video to smooth; 0 for no smoothing.
-        smoothing: What is remembered of the last frames.
-    """
-
-    keypoints: Keypoints
-    oks_nms: float | None
-    fps: float
-    smoothing: SmoothingState = field(default_factory=SmoothingState)
-
-    def __call__(self, shot: Shot, poses: Poses) -> Poses:
-        rows = np.arange(len(poses))
-        if self.oks_nms is not None:
-            sides = (poses.boxes[:, 2:] - poses.boxes[:, :2]).astype(np.float64)
-            areas_px2, sigmas = AREA_OF_BOX * sides.prod(axis=1), oks_sigmas(self.keypoints)
-            rows = np.sort(oks_nms(poses.keypoints, poses.scores.mean(1), areas_px2, sigmas, threshold=self.oks_nms))
-        points = poses.keypoints[rows]
-        if self.fps and shot.number is not None:
-            # Without a tracker a person is known by their place among the boxes.
-            time_s = shot.number / self.fps
-            points, self.smoothing = smooth_people(self.smoothing, rows.tolist(), points, time_s)
-        visibility, errors_px = (None if v is None else v[rows] for v in (poses.visibility, poses.errors_px))
-        return replace(
-            poses, keypoints=points, scores=poses.scores[rows], boxes=poses.boxes[rows], visibility=visibility,
-            errors_px=errors_px,
-        )  # fmt: skip
-
-
-def _row(shot: Shot, poses: Poses) -> dict[str, Any]:
-    columns = {
-        "keypoints": poses.keypoints,
-        "scores": poses.scores,
-        "visibility": poses.visibility,
-        "errors_px": poses.errors_px,
-        "box": poses.boxes,
-    }
-    said = {name: values for name, values in columns.items() if values is not None}
-    people = [dict(zip(said, person, strict=True)) for person in zip(*said.values(), strict=True)]
-    number = {} if shot.number is None else {"frame": shot.number}
-    instead = {"degraded": True, "backend": poses.backend} if poses.degraded else {}
-    return {"file_name": shot.name, **number, "poses": people, **instead}
-
-
-def _summary(source: Source, rows: list[dict[str, Any]], min_score: float) -> None:
-    if source.kind == "video":
-        people = sum(len(row["poses"]) for row in rows)
-        say(f"{source.path.name}: {len(rows)} frames, {people} poses")
-        return
-    for row in rows:
-        scores = [score for pose in row["poses"] for score in pose["scores"]]
-        count = len(row["poses"])
-        who = f"{count} {'person' if count == 1 else 'people'}"
-        sure = (
-            f", {sum(bool(s >= min_score) for s in scores)} of {len(scores)} joints above {min_score:g}"
-            if scores
-            else ""
-        )
-        say(f"{row['file_name']}: {who}{sure}")

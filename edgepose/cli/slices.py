@@ -18,7 +18,6 @@ import typer
 from numpy.typing import NDArray
 
 from edgepose.cli.console import STDOUT, Steps, note, show_table
-from edgepose.cli.pictures import encode
 from edgepose.data.coco import PoseDataset, dataset, read_image
 from edgepose.data.corrupt import CORRUPTIONS, Corrupted, Occluded, corrupt
 from edgepose.data.render import LSP14, RenderConfig, write_coco
@@ -44,6 +43,7 @@ from edgepose.profiler.slices import (
 from edgepose.spec import Keypoints, Preprocess
 from edgepose.stats import Interval
 from edgepose.storage import atomic_directory, atomic_write
+from edgepose.video.sinks import encode
 
 SlicesFlag = Annotated[
     bool, typer.Option("--slices", help="The same people occluded, cut off, in bad light …, with 95 % bounds.")

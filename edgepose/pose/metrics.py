@@ -56,6 +56,9 @@ LIMB12 = frozenset(
 )
 _TORSO = ("left_shoulder", "right_hip")
 
+AREA_OF_BOX = 0.53
+"""A person covers about this share of their box: what COCO-style tools take where annotations carry no area."""
+
 # Integer steps keep 0.1 and 0.2 exactly where the PCK metrics have them.
 _AUC_THRESHOLDS = np.arange(51) / 100.0
 _AUC_WEIGHTS = np.r_[0.5, np.ones(49), 0.5] / 50.0

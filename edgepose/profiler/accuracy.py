@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from edgepose.data.coco import Person, PoseDataset, read_image
 from edgepose.errors import AnnotationError, SpecError, UsageError
 from edgepose.pose import metrics
+from edgepose.pose.metrics import AREA_OF_BOX
+from edgepose.pose.results import result_rows
 from edgepose.spec import Keypoints, Poses
 
 Estimator = Callable[[NDArray[np.uint8], NDArray[np.float64]], Poses]
@@ -26,9 +28,6 @@ Estimator = Callable[[NDArray[np.uint8], NDArray[np.float64]], Poses]
 
 Progress = Callable[[int, int], None]
 """Called with the number of persons done and the number of all persons."""
-
-# A person covers about this much of their box: what COCO-style tools take where annotations carry no area.
-AREA_OF_BOX = 0.53
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -265,25 +264,9 @@ def require_same_persons(base: AccuracyRecord, candidate: AccuracyRecord) -> Non
 
 
 def coco_results(record: AccuracyRecord, *, category_id: int = 1) -> list[dict[str, Any]]:
-    """The predictions as COCO keypoint results, one row per person.
-
-    Each row holds image_id, category_id, keypoints [x, y, score] · K in pixels of the source image, score (the mean of
-    the joints' scores) and bbox [x, y, width, height], the box that was cropped. A joint that was not predicted stands
-    at 0, 0 with score 0, since JSON has no NaN.
-    """
-    points = np.nan_to_num(record.predicted, nan=0.0)
-    triples = np.concatenate([points, record.scores[..., None]], axis=-1).reshape(len(record), -1).astype(np.float64)
-    xywh = np.concatenate([record.boxes[:, :2], record.boxes[:, 2:] - record.boxes[:, :2]], axis=1).astype(np.float64)
-    return [
-        {
-            "image_id": int(record.image_id[row]),
-            "category_id": category_id,
-            "keypoints": triples[row].tolist(),
-            "score": float(record.scores[row].mean(dtype=np.float64)),
-            "bbox": xywh[row].tolist(),
-        }
-        for row in range(len(record))
-    ]
+    """The predictions as COCO keypoint results, one row per person: see `pose.results.result_rows`."""
+    image_ids = record.image_id.tolist()
+    return result_rows(image_ids, record.predicted, record.scores, record.boxes, category_id=category_id)
 
 
 def coco_truth(dataset: PoseDataset) -> dict[str, Any]:

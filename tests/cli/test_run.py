@@ -97,7 +97,88 @@ def test_smoothing_of_a_video_lags_behind_movement_and_is_refused_without_time(
     assert all(0 < raw - smoothed < 15 for raw, smoothed in zip(raw_x[1:], smooth_x[1:], strict=True))
     outcome = cli("run", bundle, photo, "--smooth")
     assert outcome.code == 2
-    assert "which has no time, expected a video" in outcome.line
+    assert "which has no time, expected a video or a camera" in outcome.line
+
+
+def test_people_are_followed_and_keep_their_numbers(cli: Cli, bundle: Path, video: Path, tmp_path: Path) -> None:
+    boxes = [[[0, 0, 200, 240], [150, 0, 320, 240]][:: 1 - 2 * (frame % 2)] for frame in range(8)]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    flags = ["--boxes", tmp_path / "boxes.json", "--track", "--oks-nms", "1", "--json", tmp_path / "poses.jsonl"]
+    outcome = cli("run", bundle, video, *flags)
+    assert outcome.code == 0
+    rows = [json.loads(line) for line in (tmp_path / "poses.jsonl").read_text().splitlines()]
+    assert [row["frame"] for row in rows] == list(range(8))
+    assert [row["time_s"] for row in rows] == pytest.approx([frame / 10 for frame in range(8)])
+    for row in rows:
+        assert {pose["id"]: pose["box"][0] for pose in row["poses"]} == {1: 0, 2: 150}
+
+
+def test_coco_results_have_the_annotations_image_ids(cli: Cli, bundle: Path, people: Path, tmp_path: Path) -> None:
+    for path in (people / "images").glob("train*"):
+        path.unlink()
+    flags = ["--boxes", people / "val.json", "--coco-results", tmp_path / "results.json"]
+    assert cli("run", bundle, people / "images", *flags).code == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    ids = [image["id"] for image in json.loads((people / "val.json").read_text())["images"]]
+    assert sorted(row["image_id"] for row in results) == sorted(ids)
+    assert results[0]["bbox"] == [0, 0, 320, 240]
+    assert len(results[0]["keypoints"]) == 6
+
+
+def test_coco_results_of_a_video_count_its_frames(cli: Cli, bundle: Path, video: Path) -> None:
+    results = json.loads(cli("run", bundle, video, "--coco-results", "-").out)
+    assert [row["image_id"] for row in results] == list(range(8))
+
+
+def test_a_camera_runs_until_the_time_is_over(cli: Cli, bundle: Path, stream: str, tmp_path: Path) -> None:
+    flags = ["--seconds", "1.5", "--out", tmp_path / "seen.avi", "--json", "-"]
+    outcome = cli("run", bundle, f"http://me:secret@{stream}", *flags)
+    assert outcome.code == 0
+    rows = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [row["frame"] for row in rows] == list(range(len(rows)))
+    assert rows[0]["file_name"] == f"http://{stream}"
+    assert "secret" not in outcome.out + outcome.err
+    capture = cv2.VideoCapture(str(tmp_path / "seen.avi"))
+    shown_s = capture.get(cv2.CAP_PROP_FRAME_COUNT) / capture.get(cv2.CAP_PROP_FPS)
+    capture.release()
+    assert shown_s == pytest.approx(rows[-1]["time_s"] - rows[0]["time_s"], abs=0.2)
+
+
+def test_ctrl_c_ends_a_camera_as_its_last_frame_would(
+    cli: Cli, bundle: Path, stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, drawn = run_module.draw, itertools.count()
+
+    def draw_until_ctrl_c(*arguments: object, **settings: object) -> object:
+        if next(drawn) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "draw", draw_until_ctrl_c)
+    outcome = cli("run", bundle, f"http://{stream}", "--json", tmp_path / "poses.json", "--out", tmp_path / "seen.avi")
+    assert outcome.code == 0
+    assert "2 frames" in outcome.out
+    assert len(json.loads((tmp_path / "poses.json").read_text())) == 2
+    assert (tmp_path / "seen.avi").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["photo.png", "--track"], "--track: found photo.png, which has no time, expected a video or a camera"),
+        (["photo.png", "--seconds", "3"], "--seconds: found photo.png, which has no time"),
+        (["photo.png", "--every-frame"], "--every-frame: found photo.png, of which every frame is taken anyway"),
+        (["ftp://host/video.mp4"], "found a URL of the kind ftp, expected one of rtsp"),
+        (["/dev/video77"], "/dev/video77: found nothing there that can be read, expected a camera or stream"),
+    ],
+)
+def test_flags_and_sources_that_do_not_fit(
+    cli: Cli, bundle: Path, photo: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], words: str
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    outcome = cli("run", bundle, *flags)
+    assert outcome.code == 2
+    assert words in outcome.line
 
 
 def test_min_score_decides_which_joints_are_sure(cli: Cli, bundle: Path, photo: Path) -> None:

@@ -11,6 +11,7 @@ import cv2
 import pytest
 
 from edgepose.estimator import PoseEstimator
+from tests.cli.conftest import write_video
 from tests.fakes import spot_frame
 from tests.tiny_network import spot_bundle
 
@@ -29,4 +30,6 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     with PoseEstimator.from_bundle("small.bundle") as estimator:
         assert [len(poses) for poses in found["burst"](estimator, [frame] * 3)] == [1, 1, 1]
         asyncio.run(found["watch"](estimator, [frame] * 3))
-    assert capsys.readouterr().out == "1 False\n" * 3
+        assert capsys.readouterr().out == "1 False\n" * 3
+        found["follow"](estimator, str(write_video(tmp_path / "match.avi", 4, "MJPG")))
+        assert capsys.readouterr().out == "".join(f"{number} [1]\n" for number in range(4))
