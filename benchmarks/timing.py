@@ -15,7 +15,7 @@ from benchmarks.context import THREADS, Context
 from edgepose.blocks.zoo import find_checkpoint
 from edgepose.bundle import Bundle, check_engine
 from edgepose.engines import choose_engine
-from edgepose.spec import Backend
+from edgepose.spec import Backend, Execution, OrtOptions
 from edgepose.timing.pairs import compare_latency
 from edgepose.timing.record import Arm, CallableArm, LatencyComparison, LatencyProtocol, ModelArm
 
@@ -26,7 +26,7 @@ def ort_arms(label: str, bundle: Bundle) -> tuple[ModelArm, ...]:
     path = str(check_engine(bundle, engine))
     return tuple(
         ModelArm(f"{label}, {'spinning' if spinning else 'sleeping'} threads", path, "onnxruntime", engine.precision,
-                 spinning)
+                 Execution(onnxruntime=OrtOptions(spinning=spinning)))
         for spinning in (False, True)
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from edgepose.stages.assemble import (
     Engines,
     StageObserver,
     Work,
+    built_here,
     check_out,
     engine_drafts,
     engine_orders,
@@ -106,6 +107,7 @@ class _Build:
     digest: str
     people: tuple[PoseDataset, PoseDataset] | None = None
     form: Form | None = None
+    later: tuple[str, ...] = ()
     search: StageResult | None = None
     stages: list[StageResult] = field(default_factory=list)
 
@@ -204,7 +206,8 @@ class _Nobody:
 
 def _start(request: CompileRequest, observer: Observer) -> _Build:
     targets = tuple(load_target(name) for name in request.recipe.targets)
-    orders = engine_orders(targets)
+    here, later = built_here(targets)
+    orders = engine_orders(here)
     source = _source(request.model)
     card = read_card(source.path)
     check_out(request.out, _origin(request, card), replace=request.replace)
@@ -215,7 +218,7 @@ def _start(request: CompileRequest, observer: Observer) -> _Build:
     places = contests(orders, request.recipe.precisions, "int8" if quantised else "fp32")
     aims = plan.prune is not None and plan.prune.aimed
     form = form_of(plan, orders, request.recipe.export.opset) if aims else None
-    return _Build(request, observer, places, plan, source, card, source.path, card.weights_sha256, people, form)
+    return _Build(request, observer, places, plan, source, card, source.path, card.weights_sha256, people, form, later)
 
 
 def _source(model: str | Network | Source) -> Source:
@@ -534,7 +537,8 @@ def _bundle(build: _Build, exported: StageResult, engines: Engines, after: tuple
             golden=golden,
         )
 
-    return finished_bundle(request.out, key, tuple(build.stages), draft, replace=request.replace)
+    made = finished_bundle(request.out, key, tuple(build.stages), draft, replace=request.replace)
+    return replace(made, later=build.later)
 
 
 def _origin(request: CompileRequest, card: Card) -> dict[str, Any]:

@@ -9,14 +9,18 @@ Targets for CPUs without VNNI get seven-bit weights, requantised from the bundle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from edgepose.bundle import Bundle, BundleDraft, GoldenDraft, check_file, golden_vectors, read_bundle
 from edgepose.errors import BadInput, UsageError
 from edgepose.host import engine_cache, fingerprint
 from edgepose.profiles import load_target
+from edgepose.recipe import Recipe
 from edgepose.runtime import EXECUTABLE, installed_backends
 from edgepose.spec import Backend, Target
 from edgepose.stages.assemble import (
@@ -32,6 +36,8 @@ from edgepose.stages.assemble import (
     key_of,
     observed,
 )
+from edgepose.stages.budget import check_int8_macs
+from edgepose.stages.engine_latency import EngineTimer, time_engine, timed
 
 
 def build_bundle(
@@ -42,6 +48,7 @@ def build_bundle(
     *,
     replace: bool = False,
     sign: Path | None = None,
+    timer: EngineTimer = time_engine,
 ) -> CompileResult:
     """Build engines for other targets.
 
@@ -52,12 +59,14 @@ def build_bundle(
         observer: Told which engines were built or found.
         replace: Whether another bundle at `out` may be replaced.
         sign: Private key (Ed25519, PEM) that TensorRT engines are signed with, for machines that trust it.
+        timer: Times each engine that runs here, once, when it was built.
 
     Raises:
         BadInput: No such bundle, target or free name, or a target that cannot run the network's precision.
         IntegrityError: The source was changed since it was written.
         BackendUnavailable: A target runs nothing that can be built here.
-        ParityError: An engine strays too far from the golden vectors.
+        ParityError: An engine strays too far from the golden vectors, or does less in integers than the recipe of the
+            bundle demands.
     """
     bundle = read_bundle(source)
     wanted = tuple(load_target(name) for name in dict.fromkeys(targets))
@@ -66,7 +75,8 @@ def build_bundle(
     _check_outside(out, source)
     origin = {"source": {"name": bundle.manifest.name, "digest": bundle.digest}, "targets": [t.name for t in wanted]}
     check_out(out, origin, replace=replace)
-    engines = _engines(bundle, orders, observer)
+    engines = _engines(bundle, orders, observer, timer)
+    check_int8_macs(_recipe_of(bundle), engines)
     signed = _signatures(engines, sign)
     built = [(order.target.name, order.target.threads, result.key, *signed) for order, result in engines]
     key = key_of(bundle.digest, built)
@@ -116,23 +126,31 @@ def _check_outside(out: Path, source: Path) -> None:
         )  # fmt: skip
 
 
-def _engines(bundle: Bundle, orders: Sequence[EngineOrder], observer: StageObserver) -> Engines:
+def _recipe_of(bundle: Bundle) -> Recipe | None:
+    """The recipe that a bundle was made by; None where it was made by none that is known here."""
+    origin = bundle.manifest.reports.get("compile") or bundle.manifest.reports.get("build")
+    while isinstance(origin, Mapping) and "recipe" not in origin:  # it was built from another bundle
+        origin = origin.get("before")
+    try:
+        return None if origin is None else msgspec.convert(origin["recipe"], Recipe)
+    except msgspec.ValidationError:
+        return None  # of another version
+
+
+def _engines(bundle: Bundle, orders: Sequence[EngineOrder], observer: StageObserver, timer: EngineTimer) -> Engines:
     cache = engine_cache(bundle.digest, fingerprint())
     engines = []
     for order in orders:
 
         def work(folder: Path, order: EngineOrder = order) -> dict[str, Any]:
-            if order.is_tensorrt:
-                return _build_tensorrt(bundle, order, folder, observer)
-            return _build_engine(bundle, order, folder)
+            build = partial(_build_tensorrt, observer=observer) if order.is_tensorrt else _build_engine
+            return timed(order, folder, build(bundle, order, folder), timer)
 
         engines.append((order, observed(order.key({"bundle": bundle.digest}), work, observer, within=cache)))
     return tuple(engines)
 
 
 def _build_engine(bundle: Bundle, order: EngineOrder, folder: Path) -> dict[str, Any]:
-    import msgspec
-
     from edgepose.export.ends import fix_batch
     from edgepose.export.engine import Reference, engine_from_onnx
     from edgepose.export.weight_bits import narrowed_onnx, quantisation_of

@@ -33,6 +33,8 @@ __all__ = [
 Importance = Literal["l1", "l2", "bn_scale", "taylor", "fpgm", "random"]
 Scope = Literal["global", "uniform"]
 Pattern = Literal["2:4"]
+GROUP, KEPT = 4, 2
+"""Of `Pattern`: consecutive input channels looked at together, and how many of them may have a weight."""
 Schedule = Literal["equal", "cubic"]
 
 RangeEstimator = Literal["default", "minmax", "mean-minmax", "median-minmax", "quantile", "histogram"]

@@ -222,6 +222,24 @@ class OpenvinoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache: bool = False
 
 
+CudaChoice = Literal["auto", "cuda-python", "ctypes", "pycuda"]
+"""Who calls CUDA; "auto" tries cuda-python, then libcudart itself. pycuda is only taken when it is named."""
+
+
+class TensorrtExecution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How TensorRT engines are executed.
+
+    Attributes:
+        cuda: Who calls CUDA.
+        graphs: Whether repeated inferences are captured as a CUDA graph and replayed.
+        dla_core: The DLA core that engines with DLA layers run on.
+    """
+
+    cuda: CudaChoice = "auto"
+    graphs: bool = True
+    dla_core: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
 class Execution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the engines of a target are executed, besides their number of threads.
 
@@ -232,12 +250,14 @@ class Execution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             leaves it to the runtime. ONNX Runtime never moves or ties the thread that calls it.
         onnxruntime: What ONNX Runtime alone has.
         openvino: What OpenVINO alone has.
+        tensorrt: What TensorRT alone has.
     """
 
     streams: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     affinity: Literal["auto", "free", "pinned"] = "auto"
     onnxruntime: OrtOptions = OrtOptions()
     openvino: OpenvinoOptions = OpenvinoOptions()
+    tensorrt: TensorrtExecution = TensorrtExecution()
 
 
 class TensorrtBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -251,7 +271,8 @@ class TensorrtBuild(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         hardware: Other GPUs that engines run on, slower: none, any from Ampere on, or any of one compute capability.
         version_compatible: Whether newer versions of TensorRT may load the engines, given the lean runtime of the
             version that built them, which is left out of the file; edgepose's own session does not look for one yet.
-        dla_core: DLA core that takes the layers it can; the others fall back to the GPU. Batches are fixed then.
+        dla_core: DLA core that takes the layers it can; the others fall back to the GPU. Batches are fixed then. The
+            target's `execution.tensorrt.dla_core` says which core finished engines run on.
         strip_weights: Leave weights out of engines; they are put back from the ONNX file when an engine is loaded.
     """
 

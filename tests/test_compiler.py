@@ -380,9 +380,18 @@ def test_data_with_other_keypoints(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_target_that_runs_tensorrt_only(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = msgspec.structs.replace(quick("fp32"), targets=("this-cpu", "jetson-orin-nano"))
+    recipe = msgspec.structs.replace(quick("fp32"), targets=("jetson-orin-nano",))
     error = refused(request_of(tiny, recipe, tmp_path / "out.bundle"), BackendUnavailable, "target jetson-orin-nano")
     assert error.exit_code == 6
+
+
+def test_a_target_whose_engines_are_built_on_the_device_decides_with_the_others(tiny: Tiny, tmp_path: Path) -> None:
+    """Its engines are not built here, but the network is quantised as it needs it."""
+    recipe = msgspec.structs.replace(quick("ptq-int8"), targets=("this-cpu", "jetson-orin-nano"))
+    result = compile_bundle(request_of(tiny, recipe, tmp_path / "out.bundle"), Watch())
+    assert result.later == ("jetson-orin-nano",)
+    assert {engine.target for engine in result.bundle.manifest.engines} == {"this-cpu"}
+    assert result.bundle.manifest.reports["ptq"]["activations"]["chosen"] == "symmetric"
 
 
 def test_a_network_that_is_not_there(tiny: Tiny, tmp_path: Path) -> None:

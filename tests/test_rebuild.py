@@ -20,10 +20,13 @@ from edgepose.errors import (
     RecipeError,
     UsageError,
 )
+from edgepose.export.int8_share import Achieved
 from edgepose.golden import check_golden
 from edgepose.host import engine_cache, fingerprint, weight_bits
 from edgepose.rebuild import build_bundle
 from edgepose.runtime import open_session
+from edgepose.stages.engine_latency import Latency, time_engine
+from edgepose.timing.record import LatencyProtocol, ModelArm
 from tests.tiny_checkpoint import Compiled, Tiny, Watch, quick, subprocess_environment
 from tests.tiny_network import flip_a_byte, spot_bundle, spot_draft
 
@@ -82,6 +85,42 @@ def test_a_float_bundle_gets_float_engines(spots: Bundle, tmp_path: Path) -> Non
     ]
     check_engines(bundle)
     assert content_of(spots.root) == before
+
+
+def test_engines_are_timed_as_their_target_runs_them(spots: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "board.yaml").write_text(
+        "name: board\ndescription: A board.\nbackends: [onnxruntime]\nprecisions: [fp32]\nthreads: 1\nbatch: 2\n"
+        "execution: {onnxruntime: {optimisation: basic}}\n"
+    )
+    asked: list[tuple[ModelArm, LatencyProtocol]] = []
+
+    def timer(arm: ModelArm, protocol: LatencyProtocol) -> Latency:
+        asked.append((arm, protocol))
+        return time_engine(arm, protocol)
+
+    wanted = (str(tmp_path / "board.yaml"),)
+    bundle = build_bundle(spots.root, wanted, tmp_path / "new.bundle", Watch(), timer=timer).bundle
+    ((arm, protocol),) = asked
+    assert arm.execution.onnxruntime.optimisation == "basic"
+    assert (protocol.threads, protocol.batch) == (1, 2)
+    latency = bundle.manifest.reports["engines/board/onnxruntime"]["latency"]
+    assert 0 < latency["p10_ms"] <= latency["median_ms"] <= latency["p90_ms"]
+    assert latency["calls"] >= 12
+
+
+def test_an_engine_that_does_too_little_in_integers_is_refused(
+    compiled: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = compiled("ptq-int8").bundle
+    seen: list[float] = []
+
+    def require(found: Achieved, minimum: float, where: str) -> None:
+        seen.append(minimum)
+        raise ParityError(where, found=f"{found.asked_share:.0%}", expected=f"{minimum:.0%}")
+
+    monkeypatch.setattr("edgepose.stages.budget.require", require)
+    refused(source.root, ("this-cpu",), tmp_path / "new.bundle", ParityError, "engine onnxruntime for this-cpu")
+    assert seen == [0.95]  # the recipe's
 
 
 def test_the_history_of_the_source_is_carried_over(spots: Bundle, tmp_path: Path) -> None:

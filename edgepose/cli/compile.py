@@ -117,6 +117,8 @@ def describe(result: CompileResult) -> None:
     ]
     rows.append(("bundle", "reused" if result.reused else "written", str(result.bundle.root)))
     show_table(("stage", "", ""), rows)
+    for target in result.later:
+        say(f"engines for {target} are built there: edgepose build {result.bundle.root} --target {target} --out OUT")
     show_latency({stage.stage: stage.report for stage in result.stages})
     if result.reused:
         say(f"nothing changed: {result.bundle.root} is up to date")
@@ -149,6 +151,8 @@ def headline(report: dict[str, Any]) -> str:
         parts.append(f"{len(report['stairs'])} of {report['shapes']} shapes timed, {timing['speedup']:.2f} x predicted")
     if "achieved" in report:
         parts.append(f"{report['achieved']['speedup']:.2f} x achieved")
+    if "median_ms" in report.get("latency", {}):
+        parts.append(f"{report['latency']['median_ms']:.2f} ms on {report['latency']['threads']} threads")
     if "int8_share" in report:
         parts.append(f"{100 * report['int8_share']:.1f} % of MACs in INT8")
     if "pck_torso_0.2" in report.get("activations", {}).get("symmetric_costs_points", {}):

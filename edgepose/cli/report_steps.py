@@ -248,7 +248,7 @@ def _engine(bundle: Bundle, engine: Engine, *, alone: bool) -> _Candidate:
         with PoseEstimator(session, bundle.manifest.spec, backend=engine.backend) as estimator:
             yield _Opened(estimator, costs)
 
-    arm = ModelArm(name, str(bundle.root / engine.path), engine.backend, engine.precision)
+    arm = ModelArm(name, str(bundle.root / engine.path), engine.backend, engine.precision, engine.execution)
     return _Candidate(evidence, opened, arm, _CANNOT_RUN)
 
 

@@ -19,9 +19,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from edgepose.compress.fold import fold_branches
 from edgepose.compress.layers import Kind, is_depthwise, kind_of, widths
-from edgepose.compress.sparsity import GROUP, sparsify
+from edgepose.compress.sparsity import sparsify
 from edgepose.errors import CheckpointError
-from edgepose.recipe import Importance, Pattern, Scope
+from edgepose.recipe import GROUP, Importance, Pattern, Scope
 from edgepose.spec import PositiveInt
 
 Count = Annotated[int, msgspec.Meta(ge=0)]

@@ -22,9 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from edgepose.compress.layers import kind_of, widths
 from edgepose.errors import CheckpointError
-
-GROUP, KEPT = 4, 2
-"""Consecutive input channels that are looked at together, and how many of them may have a weight."""
+from edgepose.recipe import GROUP, KEPT
 
 
 def sparse_candidates(model: nn.Module, protected: Sequence[str] = ()) -> tuple[str, ...]:

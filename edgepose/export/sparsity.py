@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edgepose.compress.sparsity import GROUP, KEPT
 from edgepose.errors import ParityError
+from edgepose.recipe import GROUP, KEPT
 
 _PASSED = frozenset({"DequantizeLinear", "Identity", "Transpose"})
 """Operators between a stored weight and its reader."""
@@ -45,6 +45,11 @@ def check_sparse_onnx(path: str | os.PathLike[str], layers: Mapping[str, NDArray
                 expected="two zeros in every four consecutive input channels, as the network has them",
                 fix="export the network that was fine-tuned under its plan",
             )
+
+
+def sparse_weights(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of the weights of a file that have the pattern, of those of at least one group of input channels."""
+    return tuple(name for name, array in _weights(onnx.load(path).graph) if np.any(array) and _is_sparse(array))
 
 
 def _is_sparse(weight: NDArray[np.generic]) -> bool:

@@ -20,16 +20,17 @@ from typing import Any
 import msgspec
 
 from edgepose.errors import BackendUnavailable, EdgeposeError, EnvironmentFault, OnnxError, UsageError
+from edgepose.export.sparsity import sparse_weights
 from edgepose.export.trt_kernels import EngineKernel, kernels_in_inspection, kernels_in_log
 from edgepose.export.trt_memory import Attempt, Profile, attempts, needs_of
 from edgepose.export.trt_progress import Phases, Told
 from edgepose.host import cache_directory
-from edgepose.runtime.cuda import Cuda, CudaChoice, open_cuda
+from edgepose.runtime.cuda import Cuda, open_cuda
 from edgepose.runtime.provenance import EngineHost
 from edgepose.runtime.tensorrt import engine_host
 from edgepose.runtime.trt_diagnosis import missing_fault
 from edgepose.runtime.trt_versions import Flavour, TrtApi, import_trt
-from edgepose.spec import Target, TensorrtBuild
+from edgepose.spec import CudaChoice, Target, TensorrtBuild
 from edgepose.storage import atomic_write
 
 CAPABILITIES = {
@@ -334,6 +335,9 @@ def _configure(work: _Work, builder_config: Any) -> None:
         # Else the engine carries a runtime as native code, which sessions would have to allow.
         builder_config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
         work.options.append("version-compatible")
+    if sparse := sparse_weights(work.order.model):  # the builder may then choose kernels that skip the zeros
+        builder_config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+        work.options.append(f"2:4 sparse weights in {len(sparse)} layers")
     if build.strip_weights:
         builder_config.set_flag(trt.BuilderFlag.STRIP_PLAN)
         builder_config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)

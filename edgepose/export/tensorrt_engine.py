@@ -28,13 +28,13 @@ from edgepose.export.trt_memory import Profile
 from edgepose.export.trt_progress import Told
 from edgepose.export.weight_bits import quantisation_of
 from edgepose.runtime import open_session
-from edgepose.runtime.cuda import Cuda, CudaChoice, open_cuda
+from edgepose.runtime.cuda import Cuda, open_cuda
 from edgepose.runtime.provenance import STRIPPED_WEIGHTS, Provenance, digest_of, write_engine
 from edgepose.runtime.session import Session
 from edgepose.runtime.tensorrt import TensorrtOptions
 from edgepose.runtime.trt_diagnosis import diagnose
 from edgepose.runtime.trt_versions import Flavour
-from edgepose.spec import Precision, Regression, Target
+from edgepose.spec import CudaChoice, Precision, Regression, Target
 from edgepose.storage import atomic_write
 
 ENGINE = "engine.plan"

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from edgepose.bundle import BundleDraft, GoldenDraft
+from edgepose.export.ends import fix_batch
 from edgepose.export.engine import Reference, engine_from_onnx
 from edgepose.host import fingerprint
 from edgepose.importer.convert import MODEL, read_converted, write_converted
@@ -19,8 +20,10 @@ from edgepose.importer.onnx_file import read_onnx
 from edgepose.importer.spec import ImportSpec
 from edgepose.pose.codec import decode
 from edgepose.profiles import load_target
+from edgepose.spec import ModelSpec
 from edgepose.stages.assemble import (
     CompileResult,
+    EngineOrder,
     StageObserver,
     check_out,
     engine_drafts,
@@ -32,6 +35,7 @@ from edgepose.stages.assemble import (
     stage_report,
 )
 from edgepose.stages.cache import StageKey
+from edgepose.stages.engine_latency import timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +86,9 @@ def import_model(request: ImportRequest, observer: StageObserver) -> CompileResu
     engines = []
     for order in orders:
 
-        def work(folder: Path, backend: Any = order.backend) -> dict[str, Any]:
-            return engine_from_onnx(converted.path / MODEL, "float", backend, reference, folder)
+        def work(folder: Path, order: EngineOrder = order) -> dict[str, Any]:
+            model = with_batch(converted.path / MODEL, spec, order, folder)
+            return timed(order, folder, engine_from_onnx(model, "float", order.backend, reference, folder))
 
         engines.append((order, observed(order.key({"import": converted.key}), work, observer)))
     built = [(order.target.name, order.target.threads, result.key) for order, result in engines]
@@ -106,3 +111,18 @@ def import_model(request: ImportRequest, observer: StageObserver) -> CompileResu
 
     stages = (converted, *(result for _, result in engines))
     return finished_bundle(request.out, key, stages, draft, replace=request.replace)
+
+
+def with_batch(model: Path, spec: ModelSpec, order: EngineOrder, folder: Path) -> Path:
+    """The network with the batch that a target fixes; as it is where the target or the network leaves none to fix.
+
+    Args:
+        model: The ONNX file.
+        spec: Of the network.
+        order: The engine to build.
+        folder: Where a changed file goes.
+    """
+    if not order.target.batch or isinstance(spec.inputs[0].shape[0], int):
+        return model
+    fix_batch(model, order.target.batch, folder / MODEL)
+    return folder / MODEL

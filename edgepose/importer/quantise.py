@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from edgepose.stages import export
 from edgepose.stages.assemble import (
     CompileResult,
     StageObserver,
+    built_here,
     check_out,
     engine_drafts,
     engine_orders,
@@ -99,7 +100,8 @@ def quantise_bundle(request: QuantiseRequest, observer: StageObserver) -> Compil
     """
     bundle, recipe = read_bundle(request.source), request.recipe
     targets = tuple(load_target(name) for name in recipe.targets)
-    orders = engine_orders(targets)
+    here, later = built_here(targets)
+    orders = engine_orders(here)
     settings = _settings(bundle, recipe, plan_of(recipe, targets).quantise)
     origin = {
         "source": {"name": bundle.manifest.name, "digest": bundle.digest}, "recipe": msgspec.to_builtins(recipe),
@@ -117,7 +119,9 @@ def quantise_bundle(request: QuantiseRequest, observer: StageObserver) -> Compil
     for order in orders:
 
         def work(folder: Path, order: Any = order) -> dict[str, Any]:
-            return export.build_engine(ptq.path, bundle.manifest.spec, order.backend, order.weight_bits, folder)
+            spec, target = bundle.manifest.spec, order.target
+            batch = 0 if isinstance(spec.inputs[0].shape[0], int) else target.batch
+            return export.build_engine(ptq.path, spec, order.backend, order.weight_bits, folder, batch=batch)
 
         engines.append((order, observed(order.key({"ptq": ptq.key}), work, observer)))
     check_int8_macs(recipe, tuple(engines))
@@ -148,7 +152,8 @@ def quantise_bundle(request: QuantiseRequest, observer: StageObserver) -> Compil
         )
 
     stages = (ptq, *(result for _, result in engines))
-    return finished_bundle(request.out, key, stages, draft, replace=request.replace)
+    made = finished_bundle(request.out, key, stages, draft, replace=request.replace)
+    return replace(made, later=later)
 
 
 def _settings(bundle: Bundle, recipe: Recipe, quantise: QuantiseStage | None) -> QuantiseStage:

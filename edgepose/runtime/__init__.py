@@ -74,7 +74,8 @@ def open_session(
             written in, and the CPU computes FP16 in 32 bits, rounding after each node. TensorRT engines have had theirs
             fixed when they were built.
         execution: Providers, devices, streams and affinity; what it says of other backends than this one is not read.
-        tensorrt: How TensorRT engines are executed: who calls CUDA, graphs, trusted keys.
+        tensorrt: How TensorRT engines are executed, instead of what `execution` says: a `Cuda` of one's own, trusted
+            keys.
 
     Raises:
         MissingDependency: The backend's package is not installed.
@@ -93,9 +94,10 @@ def open_session(
         )
     try:
         if backend == "tensorrt" or backend == "tensorrt-rtx":  # noqa: PLR1714 - mypy narrows by these alone
-            from edgepose.runtime.tensorrt import open_engine
+            from edgepose.runtime.tensorrt import TensorrtOptions, open_engine
 
-            return open_engine(Path(path), backend, tensorrt)
+            chosen = tensorrt or TensorrtOptions.of((execution or Execution()).tensorrt)
+            return open_engine(Path(path), backend, chosen)
         return _open(Path(path), backend, threads or physical_cores(), precision, execution or Execution())
     except ImportError as err:
         raise _import_fault(backend, err) from err

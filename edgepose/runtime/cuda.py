@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, assert_never
 
 from edgepose.errors import BackendUnavailable, EnvironmentFault
-
-CudaChoice = Literal["auto", "cuda-python", "ctypes", "pycuda"]
-"""Who makes the calls; "auto" tries cuda-python, then libcudart itself. pycuda is only taken when it is named."""
+from edgepose.spec import CudaChoice
 
 _NON_BLOCKING = 1
 _THREAD_LOCAL = 1

@@ -16,18 +16,19 @@ fakecudart.c), and every attribute of TensorRT that is touched was found in the 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from edgepose.errors import BackendUnavailable, BadInput, EnvironmentFault, IntegrityError, SpecError
 from edgepose.host import fingerprint
-from edgepose.runtime.cuda import Cuda, CudaChoice, CudaError, open_cuda
+from edgepose.runtime.cuda import Cuda, CudaError, open_cuda
 from edgepose.runtime.provenance import (
     STRIPPED_WEIGHTS,
     EngineHost,
@@ -40,7 +41,10 @@ from edgepose.runtime.provenance import (
 from edgepose.runtime.session import Array, ClosedSession, check_feeds
 from edgepose.runtime.trt_diagnosis import missing_fault
 from edgepose.runtime.trt_versions import Flavour, TrtApi, import_trt
-from edgepose.spec import TensorSpec
+from edgepose.spec import CudaChoice, TensorrtExecution, TensorSpec
+
+TRUSTED_KEYS = "EDGEPOSE_TRUSTED_KEYS"
+"""Environment variable: public keys (Ed25519, PEM) of those whose engines are loaded here, separated as in PATH."""
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
@@ -73,6 +77,12 @@ class TensorrtOptions:
     trusted_keys: tuple[Path, ...] = ()
     dla_core: int = 0
 
+    @classmethod
+    def of(cls, execution: TensorrtExecution) -> Self:
+        """As a target or the caller says; keys are this machine's business: those of $EDGEPOSE_TRUSTED_KEYS."""
+        keys = tuple(Path(key) for key in os.environ.get(TRUSTED_KEYS, "").split(os.pathsep) if key)
+        return cls(execution.cuda, execution.graphs, keys, execution.dla_core)
+
 
 def engine_host(api: TrtApi, cuda: Cuda) -> EngineHost:
     """What engines that are built on this machine are tied to."""
@@ -94,7 +104,7 @@ def open_engine(path: Path, flavour: Flavour, options: TensorrtOptions | None = 
     Args:
         path: The engine; its provenance and its seal lie beside it.
         flavour: Which TensorRT.
-        options: How it is executed.
+        options: How it is executed; None takes the defaults and the keys of $EDGEPOSE_TRUSTED_KEYS.
 
     Raises:
         MissingDependency: TensorRT is not installed.
@@ -104,7 +114,7 @@ def open_engine(path: Path, flavour: Flavour, options: TensorrtOptions | None = 
         BadInput: The engine cannot be read, or has inputs or outputs that this session cannot feed.
         EnvironmentFault: TensorRT refuses it; the text is from TensorRT's log.
     """
-    options = options or TensorrtOptions()
+    options = options or TensorrtOptions.of(TensorrtExecution())
     try:
         api = import_trt(flavour)
     except (ImportError, OSError, RuntimeError) as err:

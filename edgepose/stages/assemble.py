@@ -54,11 +54,13 @@ class CompileResult:
         bundle: The bundle on disk.
         stages: The stages in order.
         reused: Whether the bundle was already there.
+        later: Names of targets that it was compressed for, and whose engines `edgepose build` makes on the device.
     """
 
     bundle: Bundle
     stages: tuple[StageResult, ...]
     reused: bool
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,17 @@ def engine_orders(targets: Iterable[Target], able: Sequence[Backend] = EXECUTABL
             raise _not_built(target, able)
         orders += [EngineOrder(target, backend, bits) for backend in backends]
     return tuple(orders)
+
+
+def built_here(targets: Sequence[Target]) -> tuple[tuple[Target, ...], tuple[str, ...]]:
+    """The targets whose engines every machine builds, and the names of those that have to be built on the device.
+
+    Where there are only the latter they count among the former, so that building them says what is missing.
+    """
+    here = tuple(target for target in targets if set(target.backends) & set(EXECUTABLE))
+    if not here:
+        return tuple(targets), ()
+    return here, tuple(target.name for target in targets if target not in here)
 
 
 def _not_built(target: Target, able: Sequence[Backend]) -> BackendUnavailable:

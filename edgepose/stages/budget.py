@@ -75,11 +75,12 @@ def check_budget(recipe: Recipe, stages: Sequence[StageResult], card: Card) -> N
         )
 
 
-def check_int8_macs(recipe: Recipe, engines: Engines) -> None:
+def check_int8_macs(recipe: Recipe | None, engines: Engines) -> None:
     """Compare what the INT8 engines really execute in integers with what the recipe demands.
 
     Args:
-        recipe: Has the demand, where it quantises; a network that came quantised is held to the default.
+        recipe: Has the demand, where it quantises; a network that came quantised is held to the default, as is one
+            without a recipe.
         engines: What was built or found.
 
     Raises:
@@ -88,7 +89,8 @@ def check_int8_macs(recipe: Recipe, engines: Engines) -> None:
     for order, result in engines:
         if "int8" not in result.report:
             continue
-        minimum = (recipe.quantise or QuantiseAfterTraining()).min_int8_macs
+        asked = None if recipe is None else recipe.quantise
+        minimum = (asked or QuantiseAfterTraining()).min_int8_macs
         found = msgspec.convert(result.report["int8"], Achieved)
         require(found, minimum, f"engine {order.backend} for {order.target.name}")
 

@@ -24,7 +24,7 @@ from edgepose.compress.staircase import Effort, Timing
 from edgepose.errors import BackendUnavailable
 from edgepose.host import Fingerprint, fingerprint, physical_cores
 from edgepose.runtime import installed_backends
-from edgepose.spec import Backend, Precision
+from edgepose.spec import Backend, Execution, Precision
 from edgepose.stages.assemble import EngineOrder
 from edgepose.stages.cache import StageKey, StageResult, run_stage
 from edgepose.stages.precisions import Timer
@@ -56,6 +56,8 @@ class Form(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         weight_bits: Bits of quantised weights.
         symmetric: Whether activations are quantised symmetrically.
         protected: Modules that stay float.
+        batch: People at once, where the target fixes that; 0 leaves it free, and shapes are timed with one.
+        execution: How engines of the target are executed.
     """
 
     target: str
@@ -66,11 +68,13 @@ class Form(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_bits: Literal[7, 8] = 8
     symmetric: bool = False
     protected: tuple[str, ...] = ()
+    batch: int = 0
+    execution: Execution = Execution()
 
     @property
     def in_float(self) -> Form:
         """The same without quantisation."""
-        return Form(self.target, self.backend, self.threads, self.opset, "fp32")
+        return msgspec.structs.replace(self, precision="fp32", weight_bits=8, symmetric=False, protected=())
 
 
 class Stair(msgspec.Struct, frozen=True):
@@ -183,12 +187,14 @@ def form_of(plan: Plan, orders: Sequence[EngineOrder], opset: int, here: Fingerp
         if not _elsewhere(order, here):
             quantise = plan.quantise
             threads = order.target.threads or physical_cores()
+            batch, execution = order.target.batch, order.target.execution
+            form = Form(order.target.name, order.backend, threads, opset, "fp32", batch=batch, execution=execution)
             if quantise is None:
-                return Form(order.target.name, order.backend, threads, opset, "fp32")
-            return Form(
-                order.target.name, order.backend, threads, opset, "int8",
-                order.weight_bits, quantise.symmetric, quantise.protected,
-            )  # fmt: skip
+                return form
+            symmetric, protected = quantise.symmetric, quantise.protected
+            return msgspec.structs.replace(
+                form, precision="int8", weight_bits=order.weight_bits, symmetric=symmetric, protected=protected
+            )
     raise BackendUnavailable(
         "prune: the latency that is aimed at",
         found="; ".join(f"{order.target.name} in {order.backend}: {_elsewhere(order, here)}" for order in orders),
@@ -267,13 +273,19 @@ class Stopwatch:
         return _timing(rounds)
 
     def _look(self, base: Contender, shape: Contender, first: int, pairs: int) -> list[_Rounds]:
-        protocol = msgspec.structs.replace(_PROTOCOL, pairs=pairs, threads=self.form.threads)
+        form = self.form
+        protocol = msgspec.structs.replace(_PROTOCOL, pairs=pairs, threads=form.threads, batch=form.batch or 1)
         inputs = {"base": base.key, "shape": shape.key, "host": fingerprint().digest}
-        settings = {"target": self.form.target, "backend": self.form.backend, "protocol": protocol, "first": first}
-        key = StageKey("timing", inputs, settings, (self.form.backend,))
+        settings = {
+            "target": form.target, "backend": form.backend, "protocol": protocol, "first": first,
+            "execution": form.execution,
+        }  # fmt: skip
+        key = StageKey("timing", inputs, settings, (form.backend,))
 
         def work(_folder: Path) -> dict[str, Any]:
-            arms = [ModelArm(arm.label, str(arm.file), self.form.backend, arm.precision) for arm in (base, shape)]
+            arms = [
+                ModelArm(arm.label, str(arm.file), form.backend, arm.precision, form.execution) for arm in (base, shape)
+            ]
             return {"rounds": msgspec.to_builtins(_rounds(self.timer(arms, protocol, first_group=first)))}
 
         return msgspec.convert(run_stage(key, work).report["rounds"], list[_Rounds])

@@ -196,21 +196,27 @@ def _precision(result: StageResult) -> Precision:
 
 def _timing_key(contest: Contest, engines: Sequence[StageResult]) -> StageKey:
     inputs: dict[str, str] = {_precision(engine): engine.key for engine in engines}
-    rule = {"threads": _threads(contest), "protocol": _PROTOCOL, "looks": _LOOKS, "least_gain": LEAST_GAIN}
+    rule: dict[str, Any] = {
+        "protocol": _protocol(contest),
+        "execution": contest.order.target.execution,
+        "looks": _LOOKS,
+        "least_gain": LEAST_GAIN,
+    }
     return StageKey(contest.timing_stage, {**inputs, "host": fingerprint().digest}, rule, (contest.order.backend,))
 
 
-def _threads(contest: Contest) -> int:
-    return contest.order.target.threads or physical_cores()
+def _protocol(contest: Contest) -> LatencyProtocol:
+    target = contest.order.target
+    return msgspec.structs.replace(_PROTOCOL, threads=target.threads or physical_cores(), batch=target.batch or 1)
 
 
 def _timed(contest: Contest, engines: Sequence[StageResult], timer: Timer) -> dict[str, Any]:
     """Times engines, the most accurate first, until they tell which one to keep; the report of the stage."""
     names = [_precision(engine) for engine in engines]
-    protocol = msgspec.structs.replace(_PROTOCOL, threads=_threads(contest))
-    backend = contest.order.backend
+    protocol = _protocol(contest)
+    backend, target = contest.order.backend, contest.order.target
     arms = [
-        ModelArm(f"{name} in {backend}", str(engine.path / engine.report["main"]), backend, name)
+        ModelArm(f"{name} in {backend}", str(engine.path / engine.report["main"]), backend, name, target.execution)
         for name, engine in zip(names, engines, strict=True)
     ]
     turns = timer(arms, protocol, first_group=0)

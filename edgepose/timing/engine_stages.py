@@ -21,7 +21,7 @@ from edgepose.pose.codec import decode, people_candidates
 from edgepose.pose.one_stage import people_of
 from edgepose.pose.preprocess import crop_transforms, network_input, to_source, warp
 from edgepose.runtime import Session, open_session
-from edgepose.spec import Engine, Execution, ModelSpec, OneStage, OrtOptions, TensorSpec
+from edgepose.spec import Engine, ModelSpec, OneStage, TensorSpec
 from edgepose.timing.harness import Stage
 from edgepose.timing.messages import Load
 from edgepose.timing.record import BundleArm, ModelArm
@@ -56,9 +56,8 @@ def open_engine(arm: BundleArm | ModelArm, request: Load) -> EngineStages:
         ParityError: It strays from the golden vectors.
     """
     if isinstance(arm, ModelArm):
-        execution = Execution(onnxruntime=OrtOptions(spinning=arm.spinning))
         session = open_session(
-            arm.path, arm.backend, threads=request.threads, precision=arm.precision, execution=execution
+            arm.path, arm.backend, threads=request.threads, precision=arm.precision, execution=arm.execution
         )
         return EngineStages(infer_stages(session, request), arm.backend, session, _batch_of(session, request))
     bundle = read_bundle(arm.path)

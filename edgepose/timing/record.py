@@ -61,14 +61,14 @@ class ModelArm(msgspec.Struct, frozen=True, tag="model", forbid_unknown_fields=T
         path: The file: ONNX, OpenVINO IR, engine.
         backend: The runtime.
         precision: Arithmetic of what the file does not quantise.
-        spinning: Whether idle threads of ONNX Runtime wait actively.
+        execution: How it is executed.
     """
 
     label: str
     path: str
     backend: Backend
     precision: Precision = "fp32"
-    spinning: bool = False
+    execution: Execution = Execution()
 
 
 class CallableArm(msgspec.Struct, frozen=True, tag="callable", forbid_unknown_fields=True):

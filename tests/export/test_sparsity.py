@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgepose.errors import ParityError
-from edgepose.export.sparsity import check_sparse_onnx
+from edgepose.export.sparsity import check_sparse_onnx, sparse_weights
 
 SPARSE = np.tile(np.array([1, 0, 0, -2], np.float32), (6, 2))  # (outputs, inputs): two of every four inputs
 DENSE = SPARSE.copy()
@@ -65,8 +65,11 @@ def model(path: Path, weight: NDArray[np.float32], spelling: str) -> Path:
 
 @pytest.mark.parametrize("spelling", ["conv", "int8 conv", "linear", "int8 linear", "gemm", "gemm as stored"])
 def test_the_pattern_is_looked_for_along_the_inputs(tmp_path: Path, spelling: str) -> None:
-    check_sparse_onnx(model(tmp_path / "good.onnx", SPARSE, spelling), LAYER)
+    good = model(tmp_path / "good.onnx", SPARSE, spelling)
+    check_sparse_onnx(good, LAYER)
+    assert len(sparse_weights(good)) == 1
     broken = model(tmp_path / "broken.onnx", DENSE, spelling)
+    assert sparse_weights(broken) == ()
     with pytest.raises(ParityError, match=r"broken.onnx: net.layer: found weights that are not 2:4 sparse") as caught:
         check_sparse_onnx(broken, LAYER)
     assert caught.value.exit_code == 5

@@ -29,6 +29,8 @@ from edgepose.export.tensorrt_engine import EngineWish, tensorrt_engine
 from edgepose.runtime.provenance import STRIPPED_WEIGHTS
 from edgepose.runtime.tensorrt import TensorrtOptions, open_engine
 from edgepose.spec import Keypoints, ModelSpec, Preprocess, SimCC, Target, TensorrtBuild, TensorSpec
+from edgepose.stages.engine_latency import Latency
+from edgepose.timing.record import LatencyProtocol, ModelArm
 from tests.runtime.fake_builder import UNKNOWN, give_builder
 from tests.runtime.fake_cuda import FakeCudart, cudart, fake_cudart_file
 from tests.runtime.fake_tensorrt import FakeTensorrt
@@ -61,15 +63,15 @@ def trt(cudart: FakeCudart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cudart.alive() == {}
 
 
-def network(path: Path, *, batch: str | int = "batch", operator: str = "") -> Path:
+def network(path: Path, *, batch: str | int = "batch", operator: str = "", width: int = 3) -> Path:
     """`simcc_x` and `simcc_y` are 2 and 3 times the images."""
     nodes, constants = [], []
     for name, factor in (("simcc_x", 2.0), ("simcc_y", 3.0)):
-        constants.append(numpy_helper.from_array(np.eye(3, dtype=np.float32) * np.float32(factor), f"{name}_w"))
+        constants.append(numpy_helper.from_array(np.eye(width, dtype=np.float32) * np.float32(factor), f"{name}_w"))
         nodes.append(helper.make_node("MatMul", ["images", f"{name}_w"], [name], name=f"{name}_product"))
     if operator:
         nodes.append(helper.make_node(operator, ["images"], ["odd"], name="odd_one"))
-    shape = (batch, 2, 3)
+    shape = (batch, 2, width)
     graph = helper.make_graph(
         nodes, "net", [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("simcc_x", "simcc_y")], constants,
@@ -149,6 +151,12 @@ def test_flags_are_set(trt: FakeTensorrt, tmp_path: Path, build: Any, flags: set
     plan = planned(trt, tmp_path, orin(**build))
     assert {flag.name for flag in config_of(trt).flags_set} == flags
     assert plan.report.options == (option,)
+
+
+def test_kernels_for_sparse_weights_are_looked_for_where_there_are_some(trt: FakeTensorrt, tmp_path: Path) -> None:
+    plan = planned(trt, tmp_path, width=4)  # of four inputs, each output reads one
+    assert {flag.name for flag in config_of(trt).flags_set} == {"SPARSE_WEIGHTS"}
+    assert plan.report.options == ("2:4 sparse weights in 2 layers",)
 
 
 @pytest.mark.parametrize(("hardware", "level"), [("ampere-plus", 1), ("same-compute-capability", 2)])
@@ -426,8 +434,14 @@ def test_edgepose_build_makes_a_bundle_whose_engine_answers_as_recorded(
         "name: orin\ndescription: A board.\nbackends: [tensorrt, onnxruntime]\nprecisions: [fp32, fp16]\n"
         'compute_capability: "8.7"\nmax_batch: 8\n'
     )
-    watch = Watch()
-    bundle = build_bundle(source.root, (str(tmp_path / "orin.yaml"),), tmp_path / "new.bundle", watch).bundle
+    watch, timed = Watch(), list[str]()
+
+    def timer(arm: ModelArm, protocol: LatencyProtocol) -> Latency:  # a fresh process has no fake TensorRT
+        timed.append(arm.backend)
+        return Latency(1.0, 0.9, 1.1, 100, protocol.threads, protocol.batch)
+
+    wanted = (str(tmp_path / "orin.yaml"),)
+    bundle = build_bundle(source.root, wanted, tmp_path / "new.bundle", watch, timer=timer).bundle
     verify_bundle(bundle.root)
     assert watch.ran == ["engine-tensorrt", "engine-onnxruntime"]
     engine, other = bundle.manifest.engines
@@ -435,7 +449,8 @@ def test_edgepose_build_makes_a_bundle_whose_engine_answers_as_recorded(
     session = open_engine(check_engine(bundle, engine), "tensorrt")
     assert check_golden(bundle, engine, session) is not None
     session.close()
-    again = build_bundle(source.root, (str(tmp_path / "orin.yaml"),), tmp_path / "new.bundle", watch)
+    again = build_bundle(source.root, wanted, tmp_path / "new.bundle", watch, timer=timer)
+    assert timed == ["tensorrt", "onnxruntime"]
     assert again.reused
     assert len(trt.built) == 1  # type: ignore[attr-defined]
 

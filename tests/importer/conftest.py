@@ -46,9 +46,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def imported(exported: Exported, tmp_path: Path) -> Callable[..., CompileResult]:
     """A function that imports one of the styles."""
 
-    def run(style: str, opset: int = 17, *, batch: int = 0, listed: bool = False) -> CompileResult:
+    def run(
+        style: str,
+        opset: int = 17,
+        *,
+        batch: int = 0,
+        listed: bool = False,
+        targets: tuple[str, ...] = ("this-cpu",),
+    ) -> CompileResult:
         model = exported(style, opset, batch=batch, listed=listed)
-        request = ImportRequest(model, parse_spec(STYLES[style][1]), ("this-cpu",), tmp_path / f"{style}.bundle")
+        request = ImportRequest(model, parse_spec(STYLES[style][1]), targets, tmp_path / f"{style}.bundle")
         return import_model(request, Watch())
 
     return run

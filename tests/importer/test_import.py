@@ -86,6 +86,18 @@ def test_a_fixed_batch_of_several(imported: Imported) -> None:
     assert golden.inputs.shape[0] == 2
 
 
+def test_a_target_that_fixes_the_batch_gets_engines_of_that_batch(tmp_path: Path, imported: Imported) -> None:
+    (tmp_path / "npu.yaml").write_text(
+        "name: npu\ndescription: Fixed.\nbackends: [openvino]\nprecisions: [fp32]\nbatch: 2\n"
+    )
+    result = imported("simcc", 17, targets=(str(tmp_path / "npu.yaml"),))
+    (engine,) = result.bundle.manifest.engines
+    session = open_session(check_engine(result.bundle, engine), engine.backend, threads=1)
+    assert session.inputs[0].shape[0] == 2
+    session.close()
+    check_golden_vectors(result)
+
+
 def test_what_follows_works_on_it(imported: Imported, tmp_path: Path) -> None:
     result = imported("yolo-pose", 17)
     rebuilt = build_bundle(result.bundle.root, ("x86-cpu",), tmp_path / "built.bundle", Watch()).bundle

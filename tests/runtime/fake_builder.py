@@ -55,8 +55,8 @@ def give_builder(module: FakeTensorrt, *, most_batch: int = 1 << 20, dla_takes: 
     module.NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1})  # type: ignore[attr-defined]
     module.BuilderFlag = IntEnum(  # type: ignore[attr-defined]
         "BuilderFlag",
-        {"GPU_FALLBACK": 3, "TF32": 6, "VERSION_COMPATIBLE": 12, "EXCLUDE_LEAN_RUNTIME": 13, "STRIP_PLAN": 18,
-         "REFIT_IDENTICAL": 19},
+        {"GPU_FALLBACK": 3, "TF32": 6, "SPARSE_WEIGHTS": 7, "VERSION_COMPATIBLE": 12, "EXCLUDE_LEAN_RUNTIME": 13,
+         "STRIP_PLAN": 18, "REFIT_IDENTICAL": 19},
     )  # fmt: skip
     module.MemoryPoolType = IntEnum("MemoryPoolType", {"WORKSPACE": 0})  # type: ignore[attr-defined]
     module.ProfilingVerbosity = IntEnum("ProfilingVerbosity", {"LAYER_NAMES_ONLY": 0, "DETAILED": 2})  # type: ignore[attr-defined]
@@ -170,9 +170,9 @@ class _Parser:
                 }
                 self._errors.append(types.SimpleNamespace(**{k: (lambda v=v: v) for k, v in error.items()}))
                 return False
-        network, size = self._network, model.graph.input[0].type.tensor_type.shape.dim[0]
+        network, (size, *axes) = self._network, model.graph.input[0].type.tensor_type.shape.dim
         network.batch = size.dim_value or -1
-        ones = np.ones((size.dim_value or 1, 2, 3), np.float32)
+        ones = np.ones((size.dim_value or 1, *(axis.dim_value for axis in axes)), np.float32)
         answers = ReferenceEvaluator(model).run(None, {"images": ones})
         names = [value.name for value in model.graph.output]
         network.factors = {name: float(answer.reshape(-1)[0]) for name, answer in zip(names, answers, strict=True)}

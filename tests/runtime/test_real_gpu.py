@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from edgepose.errors import BackendUnavailable
-from edgepose.runtime.cuda import Cuda, CudaChoice, CudaError, open_cuda
+from edgepose.runtime.cuda import Cuda, CudaError, open_cuda
 from edgepose.runtime.provenance import Provenance, digest_of, write_engine
 from edgepose.runtime.tensorrt import TensorrtOptions, engine_host, open_engine
 from edgepose.runtime.trt_versions import FLAVOURS, Flavour, TrtApi, import_trt
+from edgepose.spec import CudaChoice
 
 COUNT = 1000
 

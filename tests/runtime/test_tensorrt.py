@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from edgepose.runtime.provenance import ForeignEngine, Provenance, companions, d
 from edgepose.runtime.session import ClosedSession
 from edgepose.runtime.tensorrt import TensorrtOptions, TensorrtSession, choose_profile, engine_host, open_engine
 from edgepose.runtime.trt_versions import TrtApi
-from edgepose.spec import TensorSpec
+from edgepose.spec import Execution, TensorrtExecution, TensorSpec
 from tests.runtime.fake_cuda import FakeCudart, cudart, fake_cudart_file
 from tests.runtime.fake_tensorrt import FakeTensorrt, plan_of
 from tests.runtime.test_trt_versions import RECORDED
@@ -490,6 +491,38 @@ def test_engine_for_dla_runs_on_the_core_that_is_named(trt: FakeTensorrt, tmp_pa
 
 
 # Through the dispatcher
+
+
+def test_a_target_says_how_its_engines_are_executed(
+    trt: FakeTensorrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+
+    def open_named(choice: str) -> Any:
+        chosen.append(choice)
+        return trt.cudart.cuda()
+
+    monkeypatch.setattr("edgepose.runtime.tensorrt.open_cuda", open_named)
+    trt.dla_cores = 2
+    path = built(trt, tmp_path / "engine.plan", STATIC, dla=True)
+    execution = Execution(tensorrt=TensorrtExecution(cuda="ctypes", graphs=False, dla_core=1))
+    session = open_session(path, "tensorrt", execution=execution)
+    assert chosen == ["ctypes"]
+    assert [engine.ran_on for engine in trt.engines] == [1]
+    assert isinstance(session, TensorrtSession)
+    for seed in range(4):
+        assert answers_right(session, seed=seed)
+    assert not any("Graph" in call for call in trt.cudart.calls())
+    session.close()
+
+
+def test_keys_of_the_environment_are_trusted(
+    trt: FakeTensorrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPOSE_TRUSTED_KEYS", f"{tmp_path / 'a.pem'}{os.pathsep}{tmp_path / 'b.pem'}")
+    assert TensorrtOptions.of(TensorrtExecution()).trusted_keys == (tmp_path / "a.pem", tmp_path / "b.pem")
+    monkeypatch.setenv("EDGEPOSE_TRUSTED_KEYS", "")
+    assert TensorrtOptions.of(TensorrtExecution()).trusted_keys == ()
 
 
 def test_dispatcher_opens_tensorrt_engines(trt: FakeTensorrt, tmp_path: Path) -> None:
