@@ -169,7 +169,8 @@ def open_bench(path: Path, people: tuple[PoseDataset, PoseDataset], backends: tu
 
 def measure(bench: Bench, timer: Timer = time_in_turns) -> tuple[Worth, ...]:
     """All variants, the one that keeps all rules first."""
-    found, files = [], []
+    found: list[Worth] = []
+    files: list[Path] = []
     for number, variant in enumerate(variants(bench.network)):
         note(f"{variant.rule or 'all rules'}: {variant.change}")
         path = bench.folder / f"variant{number}.onnx"

@@ -72,6 +72,9 @@ class _Watcher:
     def finished(self, stage: StageResult) -> None:
         self.context.told(f"compiling: {stage.stage}", 1, 1)
 
+    def building(self, what: str, done: int, total: int) -> None:
+        self.context.told(f"{self.stage}: {what}", done, total)
+
     def cutting(self, done: int, total: int) -> None:
         self.context.told(f"{self.stage}: reading", done, total)
 

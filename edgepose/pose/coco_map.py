@@ -61,7 +61,7 @@ def oks_map(
             raise AnnotationError(
                 f"results[{position}]: image_id", found=repr(row["image_id"]), expected="the id of an annotated image"
             )
-    truth = COCO(copy.deepcopy(dict(annotations)))
+    truth = COCO(_counted_from_one(annotations))
     evaluation = COCOeval_faster(
         truth,
         truth.loadRes(copy.deepcopy([dict(row) for row in results])),
@@ -76,6 +76,15 @@ def oks_map(
     figures = evaluation.stats_as_dict
     # The library says -1 where there is no annotated person.
     return {ours: figures[theirs] if figures[theirs] >= 0 else float("nan") for ours, theirs in _NAMES.items()}
+
+
+def _counted_from_one(annotations: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy whose annotations have ids from 1: the library takes an id of 0 for "not matched"."""
+    copied = copy.deepcopy(dict(annotations))
+    if any(annotation.get("id") == 0 for annotation in copied["annotations"]):
+        for number, annotation in enumerate(copied["annotations"], start=1):
+            annotation["id"] = number
+    return copied
 
 
 def _require_rows(what: str, rows: Sequence[Mapping[str, Any]], joints: int) -> None:

@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import foreign
 from edgepose.importer.bundle import ImportRequest, import_model
 from edgepose.importer.spec import parse_spec
 from edgepose.stages.assemble import CompileResult
-from tests.importer import networks
 from tests.tiny_checkpoint import Watch
 
-STYLES = {
-    "heatmap": (networks.HeatmapNet, networks.HEATMAP_SPEC, ("output",), networks.HW),
-    "simcc": (networks.SimccNet, networks.SIMCC_SPEC, ("px", "py"), networks.HW),
-    "yolo-pose": (networks.YoloPose, networks.YOLO_SPEC, ("output",), networks.FRAME_HW),
-}
+STYLES = {name: (style.network, style.spec, style.outputs, style.hw) for name, style in foreign.STYLES.items()}
 Exported = Callable[..., Path]
 
 
@@ -30,7 +26,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         network, _, outputs, hw = STYLES[style]
         path = folder / f"{style}-{opset}-{batch}-{listed}.onnx"
         if not path.exists():
-            networks.export(network(), path, opset=opset, hw=hw, outputs=outputs, batch=batch, listed=listed)
+            foreign.export(network(), path, opset=opset, hw=hw, outputs=outputs, batch=batch, listed=listed)
         return path
 
     return export

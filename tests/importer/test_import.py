@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks import foreign
 from edgepose.bundle import check_engine, golden_vectors, verify_bundle
 from edgepose.errors import EdgeposeError, OnnxError, ParityError, SpecError, UsageError
 from edgepose.estimator import PoseEstimator
@@ -25,7 +26,6 @@ from edgepose.stages.assemble import CompileResult
 from edgepose.timing.engine_stages import frame_stages
 from edgepose.timing.messages import Load
 from edgepose.timing.record import BundleArm
-from tests.importer import networks
 from tests.importer.conftest import STYLES, Exported
 from tests.tiny_checkpoint import Watch
 
@@ -39,12 +39,12 @@ def check_poses(style: str, path: Path) -> None:
     for backend in BACKENDS:
         with PoseEstimator.from_bundle(path, backend) as estimator:
             if style == "yolo-pose":
-                poses = estimator(networks.disc_frame(networks.FRAME_HW, (50, 20), (50, 32), (400, 400)))
+                poses = estimator(foreign.disc_frame(foreign.FRAME_HW, (50, 20), (50, 32), (400, 400)))
                 assert len(poses) == 1
                 np.testing.assert_allclose(poses.keypoints[0], [[50, 20], [50, 32]], atol=2.1)  # cells of four pixels
                 np.testing.assert_allclose(poses.boxes[0], [38, 8, 62, 32], atol=2.1)
             else:
-                frame = networks.disc_frame(networks.HW, *PLACES)
+                frame = foreign.disc_frame(foreign.HW, *PLACES)
                 poses = estimator(frame, [[0, 0, 48, 64]] * 3)  # several people: a fixed batch takes turns
                 np.testing.assert_allclose(poses.keypoints, [PLACES] * 3, atol=1.3)
             assert (poses.scores > 0.5).all()
@@ -149,9 +149,7 @@ def request_for(exported: Exported, tmp_path: Path) -> Callable[..., ImportReque
 
 
 def test_a_specification_of_another_network(request_for: Callable[..., ImportRequest]) -> None:
-    fewer = networks.HEATMAP_SPEC.replace("[red, green, blue]", "[red, green]").replace(
-        "0.05, 0.05, 0.05", "0.05, 0.05"
-    )
+    fewer = foreign.HEATMAP_SPEC.replace("[red, green, blue]", "[red, green]").replace("0.05, 0.05, 0.05", "0.05, 0.05")
     refused(replace(request_for(), spec=parse_spec(fewer)), SpecError, "3 maps in .*expected 2")
     refused(request_for(old="kind: heatmap", new="name: maps, kind: heatmap"), SpecError, "expected one of output")
 

@@ -10,7 +10,10 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+from torch import Tensor, nn
 
+from benchmarks import foreign
 from edgepose.bundle import verify_bundle
 from edgepose.compress.ranges import Range
 from edgepose.errors import BadInput, DataUnavailable, EdgeposeError, OnnxError, ParityError, UsageError
@@ -22,7 +25,6 @@ from edgepose.importer.spec import parse_spec
 from edgepose.recipe import Recipe, load_recipe
 from edgepose.runtime.ort import OrtSession
 from edgepose.stages.assemble import CompileResult
-from tests.importer import networks
 from tests.importer.conftest import STYLES
 from tests.importer.test_import import check_golden_vectors, check_poses
 from tests.tiny_checkpoint import Watch
@@ -31,12 +33,39 @@ Imported = Callable[..., CompileResult]
 PTQ = load_recipe("ptq-int8")
 
 
+class Everything(nn.Module):
+    """What backbones are made of, weights at random: residual sums, depthwise, SiLU, gates, concatenation, BN apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.bn = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.depth, self.point = nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.Conv2d(16, 16, 1)
+        self.down, self.down_bn = nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32)
+        self.gate, self.up = nn.Conv2d(32, 32, 1), nn.ConvTranspose2d(32, 16, 2, 2)
+        self.mix, self.head = nn.Conv2d(32, 32, 3, 1, 1), nn.Conv2d(32, 3, 1)
+        for norm in (self.bn, self.down_bn):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = torch.relu(self.bn(self.stem(images)))
+        inner = nn.functional.silu(self.depth(first))
+        first = torch.relu(first + self.point(inner))
+        low = torch.relu(self.down_bn(self.down(nn.functional.max_pool2d(first, 3, 1, 1))))
+        low = low * torch.sigmoid(self.gate(low.mean((2, 3), keepdim=True)))
+        whole: Tensor = self.head(torch.relu(self.mix(torch.cat([first, self.up(low)], 1))))
+        return torch.sigmoid(whole)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dozen photographs of discs, unlabelled."""
     folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number in range(12):
-        frame = networks.disc_frame((64, 48), *generator.uniform(8, 40, (3, 2)))
+        frame = foreign.disc_frame((64, 48), *generator.uniform(8, 40, (3, 2)))
         cv2.imwrite(str(folder / f"{number}.png"), frame)
     return folder
 
@@ -44,11 +73,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("everything") / "net.onnx"
-    return networks.export(networks.Everything(), path, opset=17, folded=False)
+    return foreign.export(Everything(), path, opset=17, folded=False)
 
 
 def images(count: int = 6) -> list[np.ndarray]:
-    return list(np.random.default_rng(0).standard_normal((count, 1, 3, *networks.HW), np.float32))
+    return list(np.random.default_rng(0).standard_normal((count, 1, 3, *foreign.HW), np.float32))
 
 
 # Where quantisers go
@@ -146,7 +175,7 @@ def test_networks_of_others_run_in_integers(style: str, imported: Imported, phot
 
 
 def test_a_whole_backbone_runs_in_integers_in_both_runtimes(everything: Path, photos: Path, tmp_path: Path) -> None:
-    spec = parse_spec(networks.HEATMAP_SPEC)
+    spec = parse_spec(foreign.HEATMAP_SPEC)
     source = import_model(ImportRequest(everything, spec, ("this-cpu",), tmp_path / "f.bundle"), Watch())
     request = QuantiseRequest(source.bundle.root, PTQ, photos, tmp_path / "q.bundle")
     reports = quantise_bundle(request, Watch()).bundle.manifest.reports
@@ -176,7 +205,7 @@ def _write_people(folder: Path, count: int) -> None:
     generator, photographs, annotations = np.random.default_rng(0), [], []
     for number in range(count):
         places = generator.uniform(10, 38, (3, 2))
-        cv2.imwrite(str(folder / "images" / f"{number}.png"), networks.disc_frame((64, 48), *places))
+        cv2.imwrite(str(folder / "images" / f"{number}.png"), foreign.disc_frame((64, 48), *places))
         photographs.append({"id": number, "file_name": f"{number}.png", "width": 48, "height": 64})
         labels = [float(v) for place in places for v in (*place, 2)]
         person = {"id": number + 1, "image_id": number, "category_id": 1, "bbox": [0, 0, 48, 64], "keypoints": labels}

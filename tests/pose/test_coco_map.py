@@ -170,6 +170,15 @@ def test_exact_predictions_score_one_and_arguments_stay_as_they_were() -> None:
     assert (document, results) == before
 
 
+def test_an_annotation_of_id_zero_counts_like_any_other() -> None:
+    truth, results, sigmas = scene(LSP14, 3)
+    shifted = copy.deepcopy(truth)
+    for annotation in shifted["annotations"]:
+        annotation["id"] -= 1
+    assert min(annotation["id"] for annotation in shifted["annotations"]) == 0
+    assert oks_map(shifted, results, sigmas) == oks_map(truth, results, sigmas)
+
+
 def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     oks_map(*scene(LSP14, seed=4))
     assert capfd.readouterr() == ("", "")
