@@ -34,7 +34,11 @@ class Page:
     detailed: bool = False
 
 
-PAGES = (Page(REPOSITORY / "README.md"), Page(REPOSITORY / "docs" / "compression.md", "compression", detailed=True))
+PAGES = (
+    Page(REPOSITORY / "README.md"),
+    Page(REPOSITORY / "docs" / "compression.md", "compression", detailed=True),
+    Page(REPOSITORY / "docs" / "engines.md", "engines", detailed=True),
+)
 
 
 def with_table(text: str, rows: list[dict[str, Any]], *, area: str = "", detailed: bool = False) -> str:

@@ -153,11 +153,16 @@ def headline(report: dict[str, Any]) -> str:
         parts.append(f"{report['achieved']['speedup']:.2f} x achieved")
     if "median_ms" in report.get("latency", {}):
         parts.append(f"{report['latency']['median_ms']:.2f} ms on {report['latency']['threads']} threads")
-    if "int8_share" in report:
+    if "int8_share" in report and "arithmetic" not in report:
         parts.append(f"{100 * report['int8_share']:.1f} % of MACs in INT8")
     if "pck_torso_0.2" in report.get("activations", {}).get("symmetric_costs_points", {}):
         points = report["activations"]["symmetric_costs_points"]["pck_torso_0.2"]
         parts.append(f"calibrated symmetric activations {-points:+.2f} points against asymmetric ones")
+    if "arithmetic" in report:
+        done = report["arithmetic"]["achieved"]
+        parts.append(", ".join(f"{100 * share:.1f} % of MACs in {name}" for name, share in done.items() if share))
+    if report.get("lint"):
+        parts.append(f"lint warns of {', '.join(finding['rule'] for finding in report['lint'])}")
     if "max_drop" in report:
         parts.append(f"{len(report['max_drop']['path'])} layers given back to float")
     if "figures" in report:

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 from edgepose.errors import OnnxError
 from edgepose.export.trt_lint import RULES, Finding, check_for_tensorrt, lint, named
@@ -264,6 +265,46 @@ def test_several_errors_are_all_named(tmp_path: Path) -> None:
     path = net.save(tmp_path / "net.onnx", net.conv(image, "conv", axis=1))
     with pytest.raises(OnnxError, match=r"unsigned: image_q, image_dq: .*\(and weight-axis\)"):
         check_for_tensorrt(path)
+
+
+# Files that the tools of others write
+
+
+class Batches(CalibrationDataReader):
+    """A few random images."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.left = [rng.normal(size=(2, 4, 8, 8)).astype(np.float32) for _ in range(3)]
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return {IMAGES: self.left.pop()} if self.left else None
+
+
+def quantised_by_onnxruntime(folder: Path, **settings: object) -> Path:
+    """Convolution, rectifier, convolution, residual sum: quantised by ONNX Runtime's own tool."""
+    rng, net = np.random.default_rng(1), Net()
+    weights = [net.constant(f"w{n}", rng.normal(size=(4, 4, 3, 3)).astype(np.float32)) for n in range(2)]
+    biases = [net.constant(f"b{n}", rng.normal(size=4).astype(np.float32)) for n in range(2)]
+    first = net.node("Relu", [net.node("Conv", [IMAGES, weights[0], biases[0]], "c1", pads=[1] * 4)], "r1")
+    second = net.node("Conv", [first, weights[1], biases[1]], "c2", pads=[1] * 4)
+    file = net.save(folder / "float.onnx", net.node("Add", [second, first], "sum"))
+    quantize_static(file, folder / "int8.onnx", Batches(), **settings)  # type: ignore[arg-type]
+    return folder / "int8.onnx"
+
+
+def test_what_quantize_static_writes_by_default_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OnnxError, match=r"unsigned|zero-point") as caught:
+        check_for_tensorrt(quantised_by_onnxruntime(tmp_path))
+    assert "integer-bias" in str(caught.value)
+
+
+def test_what_quantize_static_writes_when_asked_for_what_tensorrt_reads_passes(tmp_path: Path) -> None:
+    asked = {"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False}
+    file = quantised_by_onnxruntime(
+        tmp_path, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, per_channel=True, extra_options=asked
+    )
+    assert all(finding.severity == "warning" for finding in check_for_tensorrt(file))
 
 
 def test_many_nodes_are_counted() -> None:
