@@ -109,6 +109,7 @@ def answer(context: Context, question: Question, timer: Timer = time_in_turns) -
     import torch
 
     from edgepose.stages import aim, compress, export
+    from edgepose.stages.people import StageData
     from edgepose.training.loop import RunOptions
 
     torch.set_num_threads(THREADS)
@@ -120,7 +121,7 @@ def answer(context: Context, question: Question, timer: Timer = time_in_turns) -
     plan = plan_of(recipe, (target,))
     form = form_of(plan, orders, recipe.export.opset)
     train, dev = split_train(dataset(lspet(context), "train"))
-    people = compress.StageData(train.sample(question.people, 0), dev.sample(16, 0))
+    people = StageData(train.sample(question.people, 0), dev.sample(16, 0))
     source, prune = find_checkpoint(question.network), plan.prune
     assert prune is not None
 

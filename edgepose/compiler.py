@@ -18,7 +18,7 @@ import numpy as np
 from edgepose.blocks.card import Card, Lineage, read_card
 from edgepose.blocks.zoo import find_checkpoint, zoo_names
 from edgepose.bundle import BundleDraft, GoldenDraft
-from edgepose.data.coco import PoseDataset, dataset
+from edgepose.data.coco import dataset
 from edgepose.data.splits import image_digests, people_for
 from edgepose.errors import AnnotationError, CheckpointError, UsageError
 from edgepose.host import cache_directory, fingerprint
@@ -45,6 +45,7 @@ from edgepose.stages.assemble import (
 from edgepose.stages.budget import check_budget, check_int8_macs, check_metric
 from edgepose.stages.cache import StageKey, StageResult, run_state
 from edgepose.stages.latency import Form, form_of, measure_achieved, of_order
+from edgepose.stages.people import StageData, require_rendered, require_share
 from edgepose.stages.precisions import Contest, Timer, contests, settle
 from edgepose.stages.settings import Plan, PruneStage, QuantiseStage, plan_of
 from edgepose.stages.source import Network, Source
@@ -84,6 +85,8 @@ class CompileRequest:
         data: Folder with train.json and images/; needed by every stage that looks at people.
         out: Directory of the bundle.
         replace: Whether another bundle at `out` may be replaced.
+        rendered: Folder of `edgepose render`, whose people fill the share of each batch that the recipe's `training`
+            says.
     """
 
     recipe: Recipe
@@ -91,6 +94,7 @@ class CompileRequest:
     data: Path | None
     out: Path
     replace: bool = False
+    rendered: Path | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +109,7 @@ class _Build:
     source_card: Card
     checkpoint: Path
     digest: str
-    people: tuple[PoseDataset, PoseDataset] | None = None
+    people: StageData | None = None
     form: Form | None = None
     later: tuple[str, ...] = ()
     search: StageResult | None = None
@@ -212,13 +216,23 @@ def _start(request: CompileRequest, observer: Observer) -> _Build:
     card = read_card(source.path)
     check_out(request.out, _origin(request, card), replace=request.replace)
     check_metric(request.recipe, card)
-    people = None if request.data is None else people_for(card.name, card.keypoints, request.data)
     plan = plan_of(request.recipe, targets)
+    people = _people_of(request, card)
+    require_share(plan, people)
     quantised = plan.quantise is not None or card.quantisation is not None
     places = contests(orders, request.recipe.precisions, "int8" if quantised else "fp32")
     aims = plan.prune is not None and plan.prune.aimed
     form = form_of(plan, orders, request.recipe.export.opset) if aims else None
     return _Build(request, observer, places, plan, source, card, source.path, card.weights_sha256, people, form, later)
+
+
+def _people_of(request: CompileRequest, card: Card) -> StageData | None:
+    if request.data is None:
+        if request.rendered is not None:
+            raise UsageError("--rendered", found="no --data", expected="photographs to train on beside them")
+        return None
+    train, dev = people_for(card.name, card.keypoints, request.data)
+    return StageData(train, dev, None if request.rendered is None else dataset(request.rendered, "train"))
 
 
 def _source(model: str | Network | Source) -> Source:
@@ -251,7 +265,7 @@ def _take_prebuilt(build: _Build) -> None:
         if not _same_settings(tail, wanted):
             continue
         from_here = path == build.source.path or tail[0].inputs.get("checkpoint") == build.digest
-        same_people = build.people is None or tail[0].inputs.get("train") == build.people[0].digest
+        same_people = build.people is None or tail[0].inputs.get("train") == build.people.train.digest
         if from_here and same_people:
             for entry in tail:
                 found = StageResult(entry.stage, "", str(path.parent), entry.report, 0.0, reused=True)
@@ -301,7 +315,7 @@ def _asked(config: msgspec.Struct) -> msgspec.Struct:
     return config.asked if isinstance(config, PruneStage) else config
 
 
-def _people(build: _Build, stage: str) -> tuple[PoseDataset, PoseDataset]:
+def _people(build: _Build, stage: str) -> StageData:
     if build.people is None:
         raise UsageError(
             f"stage {stage}",
@@ -324,13 +338,13 @@ def _advance(build: _Build, result: StageResult) -> None:
 
 
 def _reference(build: _Build) -> None:
-    train, dev = _people(build, "reference")
-    key = build.key("reference", {"checkpoint": build.digest, "dev": dev.digest}, None, _TORCH)
+    people = _people(build, "reference")
+    key = build.key("reference", {"checkpoint": build.digest, "dev": people.dev.digest}, None, _TORCH)
 
     def work(folder: Path) -> dict[str, Any]:
         from edgepose.stages import compress
 
-        return compress.reference(build.source, compress.StageData(train, dev), folder)
+        return compress.reference(build.source, people, folder)
 
     if not any(stage.stage == "reference" for stage in build.stages):
         _run(build, key, work)
@@ -351,16 +365,16 @@ def _prune(build: _Build, plan: Plan, timer: Timer) -> None:
 
 def _aim(build: _Build, settings: PruneStage, form: Form, timer: Timer) -> StageResult:
     """Find out how much has to go for the recipe's latency."""
-    train, dev = _people(build, "aim")
+    people = _people(build, "aim")
     source = build.current
 
     def aim(folder: Path) -> dict[str, Any]:
-        from edgepose.stages import aim, compress
+        from edgepose.stages import aim
 
         run = aim.Run(folder, timer, build.observer.timed)
-        return aim.aim(source, compress.StageData(train, dev), settings, form, run)
+        return aim.aim(source, people, settings, form, run)
 
-    inputs = {"checkpoint": build.digest, "train": train.digest, "host": fingerprint().digest}
+    inputs = {"checkpoint": build.digest, "train": people.train.digest, "host": fingerprint().digest}
     return _run(build, build.key("aim", inputs, {"settings": settings, "form": form}, (*_EXPORT, "torch-pruning")), aim)
 
 
@@ -381,16 +395,15 @@ def _achieved(build: _Build, engines: Engines, timer: Timer) -> StageResult | No
 
 
 def _cut(build: _Build, stage: str, settings: PruneStage, search: StageResult | None) -> None:
-    train, dev = _people(build, stage)
+    people = _people(build, stage)
     source = build.current
 
     def prune(folder: Path) -> dict[str, Any]:
         from edgepose.stages import compress
 
-        people = compress.StageData(train, dev)
         return compress.prune(source, people, settings, folder, stage=stage, search=search)
 
-    inputs = {"checkpoint": build.digest, "train": train.digest, "dev": dev.digest}
+    inputs = {"checkpoint": build.digest, **people.digests}
     if search is not None:
         inputs["aim"] = search.key
     _advance(build, _run(build, build.key(stage, inputs, settings, (*_TORCH, "torch-pruning")), prune))
@@ -398,10 +411,10 @@ def _cut(build: _Build, stage: str, settings: PruneStage, search: StageResult | 
 
 def _fine_tune(build: _Build, stage: str, training: TrainConfig) -> None:
     """Fine-tune the checkpoint so far with the network that the compile started from as teacher."""
-    train, dev = _people(build, stage)
+    people = _people(build, stage)
     source, teacher = build.current, build.source
     digests = {"checkpoint": build.digest, "teacher": build.source_card.weights_sha256}
-    key = build.key(stage, {**digests, "train": train.digest, "dev": dev.digest}, training, _TORCH)
+    key = build.key(stage, {**digests, **people.digests_for(training)}, training, _TORCH)
     state = run_state(key)
 
     def recover(folder: Path) -> dict[str, Any]:
@@ -409,17 +422,17 @@ def _fine_tune(build: _Build, stage: str, training: TrainConfig) -> None:
         from edgepose.training.loop import RunOptions
 
         run = (folder, RunOptions(state, build.observer))
-        return compress.recover(source, teacher, compress.StageData(train, dev), training, run, stage=stage)
+        return compress.recover(source, teacher, people, training, run, stage=stage)
 
     _advance(build, _run(build, key, recover))
     state.unlink(missing_ok=True)
 
 
 def _quantise(build: _Build, settings: QuantiseStage) -> None:
-    train, dev = _people(build, settings.name)
+    people = _people(build, settings.name)
     _reference(build)
     source = build.current
-    inputs = {"checkpoint": build.digest, "train": train.digest, "dev": dev.digest}
+    inputs = {"checkpoint": build.digest, **people.digests_for(settings.training)}
     key = build.key(settings.name, inputs, settings, (*_TORCH, "nncf"))
     state = run_state(key)
 
@@ -428,7 +441,7 @@ def _quantise(build: _Build, settings: QuantiseStage) -> None:
         from edgepose.training.loop import RunOptions
 
         options = RunOptions(state, build.observer)
-        return compress.quantise(source, compress.StageData(train, dev), settings, (folder, options))
+        return compress.quantise(source, people, settings, (folder, options))
 
     _advance(build, _run(build, key, quantise))
     state.unlink(missing_ok=True)
@@ -439,9 +452,10 @@ def _check_people(build: _Build) -> None:
     settings, data = build.plan.quantise, build.request.data
     if build.plan.prune is not None:
         _people(build, "prune")
+    require_rendered(build.plan, build.people)
     if settings is None:
         return
-    train, _ = _people(build, settings.name)
+    train = _people(build, settings.name).train
     if data is None or not (data / "val.json").is_file():
         return
     calibration = train.sample(settings.calibration_images, settings.seed)
@@ -496,7 +510,7 @@ def _side_by_side(build: _Build, exported: StageResult, engines: Engines) -> Sta
     """Measure the network in torch, as exported and of each engine, where there are people to do it on."""
     if build.people is None:
         return None
-    dev, source = build.people[1], build.current
+    dev, source = build.people.dev, build.current
     built = {draft.folder: result for draft, (_, result) in zip(engine_drafts(engines), engines, strict=True)}
 
     def work(_folder: Path) -> dict[str, Any]:

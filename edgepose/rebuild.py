@@ -10,6 +10,7 @@ Targets for CPUs without VNNI get seven-bit weights, requantised from the bundle
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,25 +41,31 @@ from edgepose.stages.budget import check_int8_macs
 from edgepose.stages.engine_latency import EngineTimer, time_engine, timed
 
 
-def build_bundle(
-    source: Path,
-    targets: Sequence[str],
-    out: Path,
-    observer: StageObserver,
-    *,
-    replace: bool = False,
-    sign: Path | None = None,
-    timer: EngineTimer = time_engine,
-) -> CompileResult:
-    """Build engines for other targets.
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """What to build.
 
-    Args:
+    Attributes:
         source: The bundle whose network is taken; it is not changed.
         targets: Names of targets or paths of target files; the new bundle has engines for these only.
         out: Directory of the new bundle.
-        observer: Told which engines were built or found.
         replace: Whether another bundle at `out` may be replaced.
         sign: Private key (Ed25519, PEM) that TensorRT engines are signed with, for machines that trust it.
+    """
+
+    source: Path
+    targets: Sequence[str]
+    out: Path
+    replace: bool = False
+    sign: Path | None = None
+
+
+def build_bundle(request: BuildRequest, observer: StageObserver, *, timer: EngineTimer = time_engine) -> CompileResult:
+    """Build engines for other targets.
+
+    Args:
+        request: What to build.
+        observer: Told which engines were built or found.
         timer: Times each engine that runs here, once, when it was built.
 
     Raises:
@@ -68,8 +75,9 @@ def build_bundle(
         ParityError: An engine strays too far from the golden vectors, or does less in integers than the recipe of the
             bundle demands.
     """
+    source, out, replace = request.source, request.out, request.replace
     bundle = read_bundle(source)
-    wanted = tuple(load_target(name) for name in dict.fromkeys(targets))
+    wanted = tuple(load_target(name) for name in dict.fromkeys(request.targets))
     orders = engine_orders(wanted, _able())
     _check_precisions(bundle, wanted)
     _check_outside(out, source)
@@ -77,7 +85,7 @@ def build_bundle(
     check_out(out, origin, replace=replace)
     engines = _engines(bundle, orders, observer, timer)
     check_int8_macs(_recipe_of(bundle), engines)
-    signed = _signatures(engines, sign)
+    signed = _signatures(engines, request.sign)
     built = [(order.target.name, order.target.threads, result.key, *signed) for order, result in engines]
     key = key_of(bundle.digest, built)
 

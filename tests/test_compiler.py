@@ -373,6 +373,22 @@ def test_missing_data(name: str, tiny: Tiny, tmp_path: Path) -> None:
     refused(request, UsageError, "no data.*add --data DIR")
 
 
+def test_rendered_people_fill_the_share_that_the_recipe_says(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = quick("prune-qat-int8")
+    assert recipe.prune is not None
+    prune = msgspec.structs.replace(recipe.prune, training={"batch_size": 8, "rendered": 0.25})
+    recipe = msgspec.structs.replace(recipe, prune=prune)
+    refused(request_of(tiny, recipe, tmp_path / "out.bundle"), UsageError, "--rendered: found no folder, and a recipe")
+    request = request_of(tiny, recipe, tmp_path / "out.bundle", rendered=tiny.data)
+    compile_bundle(request, watch := Watch())
+    lossy = [stage for stage in watch.stages if stage.stage in ("prune", "recover", "qat")]
+    made = {stage.stage: read_card(stage.path / "network").lineage[-1] for stage in lossy}
+    assert made["recover"].inputs["rendered"] == dataset(tiny.data, "train").digest
+    assert "rendered" not in made["prune"].inputs | made["qat"].inputs
+    plain = request_of(tiny, quick("ptq-int8"), tmp_path / "other.bundle", rendered=tiny.data)
+    refused(plain, UsageError, "--rendered: found a recipe that fills no batch with them")
+
+
 def test_data_with_other_keypoints(tiny: Tiny, tmp_path: Path) -> None:
     write_people(tmp_path / "spots", "train", 20)
     request = request_of(tiny, quick("ptq-int8"), tmp_path / "out.bundle", data=tmp_path / "spots")

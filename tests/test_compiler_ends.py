@@ -15,7 +15,7 @@ from edgepose.data.coco import dataset, read_image
 from edgepose.estimator import EstimatorOptions, PoseEstimator
 from edgepose.golden import check_golden
 from edgepose.pose.flip import mirror_order
-from edgepose.rebuild import build_bundle
+from edgepose.rebuild import BuildRequest, build_bundle
 from edgepose.recipe import Export
 from edgepose.runtime import EXECUTABLE, open_session
 from edgepose.spec import Execution, Regression
@@ -118,7 +118,7 @@ def test_bundle_with_ends_is_built_for_other_targets(
     bundles: tuple[Bundle, Bundle], tiny: Tiny, tmp_path: Path
 ) -> None:
     with environment(EDGEPOSE_CACHE=str(tiny.cache)):
-        built = build_bundle(bundles[1].root, ["x86-cpu"], tmp_path / "x86.bundle", Watch()).bundle
+        built = build_bundle(BuildRequest(bundles[1].root, ["x86-cpu"], tmp_path / "x86.bundle"), Watch()).bundle
     assert read_bundle(built.root).manifest.spec == bundles[1].manifest.spec
     engine = built.manifest.engines[0]
     session = open_session(built.root / engine.path, engine.backend, threads=1)

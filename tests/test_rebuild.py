@@ -23,7 +23,7 @@ from edgepose.errors import (
 from edgepose.export.int8_share import Achieved
 from edgepose.golden import check_golden
 from edgepose.host import engine_cache, fingerprint, weight_bits
-from edgepose.rebuild import build_bundle
+from edgepose.rebuild import BuildRequest, build_bundle
 from edgepose.runtime import open_session
 from edgepose.stages.engine_latency import Latency, time_engine
 from edgepose.timing.record import LatencyProtocol, ModelArm
@@ -65,7 +65,7 @@ def check_engines(bundle: Bundle) -> None:
 def refused(source: Path, targets: tuple[str, ...], out: Path, error: type[EdgeposeError], match: str) -> EdgeposeError:
     before = out.exists()
     with pytest.raises(error, match=match) as caught:
-        build_bundle(source, targets, out, Watch())
+        build_bundle(BuildRequest(source, targets, out), Watch())
     assert out.exists() == before
     return caught.value
 
@@ -75,7 +75,7 @@ def refused(source: Path, targets: tuple[str, ...], out: Path, error: type[Edgep
 
 def test_a_float_bundle_gets_float_engines(spots: Bundle, tmp_path: Path) -> None:
     before, watch = content_of(spots.root), Watch()
-    result = build_bundle(spots.root, ("this-cpu",), tmp_path / "new.bundle", watch)
+    result = build_bundle(BuildRequest(spots.root, ("this-cpu",), tmp_path / "new.bundle"), watch)
     bundle = verify_bundle(tmp_path / "new.bundle")
     assert not result.reused
     assert watch.ran == ENGINES
@@ -99,7 +99,7 @@ def test_engines_are_timed_as_their_target_runs_them(spots: Bundle, tmp_path: Pa
         return time_engine(arm, protocol)
 
     wanted = (str(tmp_path / "board.yaml"),)
-    bundle = build_bundle(spots.root, wanted, tmp_path / "new.bundle", Watch(), timer=timer).bundle
+    bundle = build_bundle(BuildRequest(spots.root, wanted, tmp_path / "new.bundle"), Watch(), timer=timer).bundle
     ((arm, protocol),) = asked
     assert arm.execution.onnxruntime.optimisation == "basic"
     assert (protocol.threads, protocol.batch) == (1, 2)
@@ -124,7 +124,7 @@ def test_an_engine_that_does_too_little_in_integers_is_refused(
 
 
 def test_the_history_of_the_source_is_carried_over(spots: Bundle, tmp_path: Path) -> None:
-    bundle = build_bundle(spots.root, ("this-cpu",), tmp_path / "new.bundle", Watch()).bundle
+    bundle = build_bundle(BuildRequest(spots.root, ("this-cpu",), tmp_path / "new.bundle"), Watch()).bundle
     chain, reports = bundle.manifest.chain, bundle.manifest.reports
     assert chain["dataset"] == "d" * 64
     assert chain["bundle"] == spots.digest
@@ -136,7 +136,7 @@ def test_the_history_of_the_source_is_carried_over(spots: Bundle, tmp_path: Path
     assert reports["build"]["source"] == {"name": "spots", "digest": spots.digest}
     assert reports["build"]["host"] == fingerprint().digest
     assert reports["engines/this-cpu/openvino"]["differences"].keys() == {"simcc_x", "simcc_y"}
-    again = build_bundle(bundle.root, ("x86-cpu",), tmp_path / "third.bundle", Watch()).bundle
+    again = build_bundle(BuildRequest(bundle.root, ("x86-cpu",), tmp_path / "third.bundle"), Watch()).bundle
     assert again.manifest.reports["build"]["before"]["source"]["digest"] == spots.digest
     assert again.manifest.chain["bundle"] == bundle.digest
     assert "engines/this-cpu/openvino" not in again.manifest.reports
@@ -146,7 +146,7 @@ def test_the_history_of_the_source_is_carried_over(spots: Bundle, tmp_path: Path
 def test_a_quantised_bundle_gets_seven_bit_weights_for_cpus_that_saturate(compiled: Compiled, tmp_path: Path) -> None:
     source = compiled("ptq-int8").bundle
     before = content_of(source.root)
-    bundle = build_bundle(source.root, ("x86-cpu", "this-cpu"), tmp_path / "new.bundle", Watch()).bundle
+    bundle = build_bundle(BuildRequest(source.root, ("x86-cpu", "this-cpu"), tmp_path / "new.bundle"), Watch()).bundle
     reports = bundle.manifest.reports
     for backend in ("onnxruntime", "openvino"):
         narrow = reports[f"engines/x86-cpu/{backend}"]
@@ -164,8 +164,8 @@ def test_a_quantised_bundle_gets_seven_bit_weights_for_cpus_that_saturate(compil
 
 
 def test_engines_are_found_again_below_the_bundle_and_this_host(spots: Bundle, tmp_path: Path) -> None:
-    first, watch = build_bundle(spots.root, ("this-cpu",), tmp_path / "new.bundle", Watch()), Watch()
-    again = build_bundle(spots.root, ("this-cpu",), tmp_path / "new.bundle", watch)
+    first, watch = build_bundle(BuildRequest(spots.root, ("this-cpu",), tmp_path / "new.bundle"), Watch()), Watch()
+    again = build_bundle(BuildRequest(spots.root, ("this-cpu",), tmp_path / "new.bundle"), watch)
     assert again.reused
     assert again.bundle.digest == first.bundle.digest
     assert watch.reused == ENGINES
@@ -177,9 +177,9 @@ def test_engines_are_found_again_below_the_bundle_and_this_host(spots: Bundle, t
 _BUILD = """
 import sys
 from pathlib import Path
-from edgepose.rebuild import build_bundle
+from edgepose.rebuild import BuildRequest, build_bundle
 from tests.tiny_checkpoint import Watch
-result = build_bundle(Path(sys.argv[1]), ("this-cpu",), Path(sys.argv[2]), Watch())
+result = build_bundle(BuildRequest(Path(sys.argv[1]), ("this-cpu",), Path(sys.argv[2])), Watch())
 heavy = {"torch", "nncf"} | ({"onnx", "onnxruntime", "openvino"} if sys.argv[3] == "reused" else set())
 heavy &= set(sys.modules)
 sys.exit(f"reused {result.reused}, loaded {heavy}" if heavy or result.reused != (sys.argv[3] == "reused") else 0)
@@ -197,7 +197,7 @@ def test_building_loads_no_torch_and_finding_no_builder(spots: Bundle, cache: Pa
 
 def test_a_compile_does_not_take_a_built_bundle_for_its_own(tiny: Tiny, compiled: Compiled, tmp_path: Path) -> None:
     source = compiled("fp32").bundle
-    build_bundle(source.root, ("x86-cpu",), tmp_path / "new.bundle", Watch())
+    build_bundle(BuildRequest(source.root, ("x86-cpu",), tmp_path / "new.bundle"), Watch())
     request = CompileRequest(quick("fp32"), str(tiny.checkpoint), tiny.data, tmp_path / "new.bundle")
     with pytest.raises(UsageError, match="a bundle made from other inputs"):
         compile_bundle(request, Watch())
@@ -226,16 +226,16 @@ def test_a_target_without_the_networks_precision(spots: Bundle, tmp_path: Path) 
 def test_the_source_is_never_written_to(inside: str, spots: Bundle, tmp_path: Path) -> None:
     before = content_of(spots.root)
     with pytest.raises(UsageError, match="the source itself, or a place in it"):
-        build_bundle(spots.root, ("this-cpu",), spots.root / inside, Watch(), replace=True)
+        build_bundle(BuildRequest(spots.root, ("this-cpu",), spots.root / inside, replace=True), Watch())
     assert content_of(spots.root) == before
 
 
 def test_a_name_that_is_taken(spots: Bundle, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     refused(spots.root, ("this-cpu",), tmp_path / "mine", UsageError, "something else there")
-    build_bundle(spots.root, ("this-cpu",), tmp_path / "new.bundle", Watch())
+    build_bundle(BuildRequest(spots.root, ("this-cpu",), tmp_path / "new.bundle"), Watch())
     refused(spots.root, ("x86-cpu",), tmp_path / "new.bundle", UsageError, "a bundle made from other inputs")
-    result = build_bundle(spots.root, ("x86-cpu",), tmp_path / "new.bundle", Watch(), replace=True)
+    result = build_bundle(BuildRequest(spots.root, ("x86-cpu",), tmp_path / "new.bundle", replace=True), Watch())
     assert {engine.target for engine in result.bundle.manifest.engines} == {"x86-cpu"}
 
 
@@ -243,7 +243,7 @@ def test_a_name_that_is_taken(spots: Bundle, tmp_path: Path) -> None:
 @pytest.mark.parametrize("known", [False, True])
 def test_a_source_with_one_byte_changed(name: str, known: bool, spots: Bundle, tmp_path: Path) -> None:
     if known:  # the engines are in the cache already
-        build_bundle(spots.root, ("this-cpu",), tmp_path / "before.bundle", Watch())
+        build_bundle(BuildRequest(spots.root, ("this-cpu",), tmp_path / "before.bundle"), Watch())
     flip_a_byte(spots.root / name)
     error = refused(spots.root, ("this-cpu",), tmp_path / "n.bundle", IntegrityError, name)
     assert error.exit_code == 8

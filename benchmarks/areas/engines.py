@@ -95,7 +95,7 @@ def rebuild_seconds(context: Context) -> Measured:
 
 def _builds(context: Context) -> tuple[float, float, list[str], int]:
     def work() -> tuple[float, float, list[str], int]:
-        from edgepose.rebuild import build_bundle
+        from edgepose.rebuild import BuildRequest, build_bundle
 
         source, targets = compiled(context, "kpe-s", "ptq-int8"), local_targets()
         out, times = context.folder / "built.bundle", []
@@ -103,7 +103,7 @@ def _builds(context: Context) -> tuple[float, float, list[str], int]:
             for attempt in range(2):
                 context.told("building kpe-s for all local targets", attempt, 2)
                 started_s = time.perf_counter()
-                result = build_bundle(source.root, targets, out, _Nobody())
+                result = build_bundle(BuildRequest(source.root, targets, out), _Nobody())
                 times.append(time.perf_counter() - started_s)
         return times[0], times[1], targets, len(result.bundle.manifest.engines)
 

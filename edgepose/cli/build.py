@@ -12,7 +12,7 @@ import typer
 
 from edgepose.cli.compile import Watcher, describe
 from edgepose.cli.console import steps
-from edgepose.rebuild import build_bundle
+from edgepose.rebuild import BuildRequest, build_bundle
 
 EXAMPLES = (
     "edgepose build kpe-s.bundle --target x86-cpu --out kpe-s-x86.bundle",
@@ -43,6 +43,6 @@ def build(
     is spelt symmetrically; TensorRT builds on the device, TensorRT-RTX on any machine.
     """
     with steps() as shown:
-        result = build_bundle(bundle, target, out, Watcher(shown), replace=replace, sign=sign)
+        result = build_bundle(BuildRequest(bundle, target, out, replace=replace, sign=sign), Watcher(shown))
     describe(result)
     return 0

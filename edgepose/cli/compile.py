@@ -47,6 +47,10 @@ def compile_(
         Path | None,
         typer.Option(help="Folder with train.json and images/; for a bundle, photographs without labels will do."),
     ] = None,
+    rendered: Annotated[
+        Path | None,
+        typer.Option(help="People of `edgepose render`, for the share of each batch that the recipe's training says."),
+    ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Target to build for; repeat for several.")] = None,
     image_input: Annotated[
         bool,
@@ -67,8 +71,10 @@ def compile_(
     ends = {"image_input": image_input or asked.image_input, "decoding": decoding or asked.decoding}
     loaded = msgspec.structs.replace(loaded, export=msgspec.structs.replace(asked, **ends))
     if Path(model).is_dir():
+        if rendered is not None:
+            raise UsageError("--rendered", found=f"the bundle {model}, which is not trained", expected="a checkpoint")
         return _quantise_bundle(_Wish(loaded, Path(model), data, out), dry_run=dry_run, replace=replace)
-    request = CompileRequest(loaded, find_source(model), data, out, replace)
+    request = CompileRequest(loaded, find_source(model), data, out, replace, rendered)
     if dry_run:
         rows = [(stage, state) for stage, state in planned_stages(request)]
         show_table(("stage", "would be"), rows, title=f"{request.recipe.name}: {request.recipe.description}")

@@ -30,7 +30,7 @@ from edgepose.storage import atomic_write
 
 if TYPE_CHECKING:
     from edgepose.compress.plan import PruningPlan
-    from edgepose.stages.compress import StageData
+    from edgepose.stages.people import StageData
 
 EXAMPLES = (
     "edgepose prune plan kpe-s --ratio 0.5 --data lspet --out plan.json",
@@ -261,7 +261,7 @@ def _check_data(settings: PruneStage, data: Path | None) -> None:
 def _people(data: Path, card: Card) -> StageData:
     train, dev = people_for(card.name, card.keypoints, data)
     _require_torch()
-    from edgepose.stages.compress import StageData
+    from edgepose.stages.people import StageData
 
     return StageData(train, dev)
 

@@ -68,7 +68,7 @@ def scan(
     card = read_card(source.path)
     train, dev = people_for(card.name, card.keypoints, data)
     _require(threads)
-    from edgepose.stages.compress import StageData
+    from edgepose.stages.people import StageData
     from edgepose.stages.sensitivity import scan_sensitivity
 
     settings = _settings(share, importance, layer, int8, people, metric, seed)

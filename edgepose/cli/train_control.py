@@ -13,14 +13,16 @@ from edgepose.cli.compile import Watcher
 from edgepose.cli.console import say, steps
 from edgepose.cli.factory import find_source
 from edgepose.cli.train_run import figures, require_torch
+from edgepose.data.coco import dataset
 from edgepose.data.splits import people_for
 from edgepose.errors import UsageError
 from edgepose.profiles import load_target
 from edgepose.recipe import load_recipe
 from edgepose.stages.control import control_phases, train_control
+from edgepose.stages.people import StageData
 from edgepose.stages.settings import plan_of
 
-_TAKEN = ("data", "out", "source", "workers", "threads", "control_of", "force")
+_TAKEN = ("data", "out", "source", "rendered", "workers", "threads", "control_of", "force")
 
 
 def train_control_arm(flags: Mapping[str, Any]) -> int:
@@ -49,10 +51,13 @@ def train_control_arm(flags: Mapping[str, Any]) -> int:
     control_phases(plan)  # before any work
     source = find_source(flags["source"])
     card = read_card(source.path)
-    people = people_for(card.name, card.keypoints, flags["data"])
+    train, dev = people_for(card.name, card.keypoints, flags["data"])
+    rendered = None if flags["rendered"] is None else dataset(flags["rendered"], "train")
     require_torch(flags["threads"])
     with steps() as shown:
-        phases = train_control(source, people, plan, flags["out"], (Watcher(shown), flags["workers"]))
+        phases = train_control(
+            source, StageData(train, dev, rendered), plan, flags["out"], (Watcher(shown), flags["workers"])
+        )
     trained = sum(len(phase.report["curve"]) for phase in phases)
     reached = {name: value for name, value in phases[-1].report["dev"].items() if value is not None}
     say(f"{paths_of(flags['out'])[0]}: {trained} epochs in {len(phases)} phases, on dev {figures(reached)}")

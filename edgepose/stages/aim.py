@@ -28,9 +28,10 @@ from edgepose.export.onnx import onnx_from_torch
 from edgepose.host import fingerprint
 from edgepose.spec import ModelSpec
 from edgepose.stages.cache import StageKey, StageResult, run_stage
-from edgepose.stages.compress import StageData, ranked_channels
+from edgepose.stages.compress import ranked_channels
 from edgepose.stages.latency import EFFORT, PLAN, Contender, Form, Stair, Staircase, Stopwatch, Told, keep_engine
 from edgepose.stages.networks import load_network, structure_of
+from edgepose.stages.people import StageData
 from edgepose.stages.precisions import Timer
 from edgepose.stages.settings import PruneStage
 from edgepose.stages.source import Source

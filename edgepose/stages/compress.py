@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from edgepose.spec import ModelSpec
 from edgepose.stages.cache import StageResult
 from edgepose.stages.latency import PLAN
 from edgepose.stages.networks import load_network, pruning_of
+from edgepose.stages.people import StageData
 from edgepose.stages.settings import PruneStage, QuantiseStage
 from edgepose.stages.source import Source
 from edgepose.training.batches import AugmentedPeople, layout_of, to_input
@@ -38,23 +38,6 @@ if TYPE_CHECKING:
 
 NETWORK = "network"
 """Name of the checkpoint in a stage's folder."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StageData:
-    """People that the compression stages may see.
-
-    Attributes:
-        train: Training people without dev.
-        dev: The people that choices are made on.
-    """
-
-    train: PoseDataset
-    dev: PoseDataset
-
-    @property
-    def digests(self) -> dict[str, str]:
-        return {"train": self.train.digest, "dev": self.dev.digest}
 
 
 def reference(source: Source | Path, data: StageData, _folder: Path) -> dict[str, Any]:
@@ -236,7 +219,7 @@ def recover(
     network, checkpoint = load_network(source)
     taught, teaching = load_network(teacher)
     report = _fine_tune(network, taught, checkpoint, data, (config, run[1]))
-    inputs = {**data.digests, "teacher": teaching.digest}
+    inputs = {**data.digests_for(config), "teacher": teaching.digest}
     save_checkpoint(run[0] / NETWORK, _grown(checkpoint, stage, config, inputs, report), network.state_dict())
     return report
 
@@ -307,7 +290,7 @@ def _fine_tune(
 
     plan, spec = pruning_of(checkpoint), checkpoint.card.spec
     with pattern_kept(network, () if plan is None else plan.sparse):
-        result = fit(network, spec, (data.train, data.dev), run[0], teacher=teacher, options=run[1])
+        result = fit(network, spec, data.people_for(run[0]), run[0], teacher=teacher, options=run[1])
     return {
         "curve": list(result.curve),
         "best_epoch": result.best_epoch,

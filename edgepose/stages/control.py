@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from edgepose.blocks.card import read_card
-from edgepose.data.coco import PoseDataset
 from edgepose.errors import CheckpointError, UsageError
 from edgepose.stages.assemble import StageObserver, observed
 from edgepose.stages.cache import StageKey, StageResult, run_state
+from edgepose.stages.people import StageData, require_rendered, require_share
 from edgepose.stages.settings import Plan
 from edgepose.stages.source import Source
 from edgepose.training.config import TrainConfig
@@ -66,13 +66,13 @@ def control_phases(plan: Plan) -> tuple[Phase, ...]:
 
 
 def train_control(
-    source: Source, data: tuple[PoseDataset, PoseDataset], plan: Plan, out: Path, run: tuple[Observer, int]
+    source: Source, data: StageData, plan: Plan, out: Path, run: tuple[Observer, int]
 ) -> tuple[StageResult, ...]:
     """Train the control of a recipe and write it; phases that were done before are found, and a stopped one goes on.
 
     Args:
         source: The uncompressed checkpoint.
-        data: Training people without dev, and dev.
+        data: People.
         plan: What the recipe asks for.
         out: The checkpoint to write.
         run: Who is told about progress, and how many processes prepare batches.
@@ -92,6 +92,8 @@ def train_control(
         raise CheckpointError(
             card.name, found="a compressed checkpoint", expected="the float checkpoint that a recipe starts from"
         )
+    require_rendered(plan, data)
+    require_share(plan, data)
     phases, current, results = control_phases(plan), source, []
     for phase in phases:
         result = _phase(phase, current, source if phase.follows_source else current, data, run)
@@ -103,17 +105,14 @@ def train_control(
     return tuple(results)
 
 
-def _phase(
-    phase: Phase, source: Source, teacher: Source, data: tuple[PoseDataset, PoseDataset], run: tuple[Observer, int]
-) -> StageResult:
-    (train, dev), (observer, workers) = data, run
+def _phase(phase: Phase, source: Source, teacher: Source, data: StageData, run: tuple[Observer, int]) -> StageResult:
+    observer, workers = run
     card = read_card(source.path)
     inputs = {
         **({} if card.own is None else {"module": card.own.structure}),  # its weights do not say what it computes
         "checkpoint": card.weights_sha256,
         "teacher": read_card(teacher.path).weights_sha256,
-        "train": train.digest,
-        "dev": dev.digest,
+        **data.digests_for(phase.config),
     }
     key = StageKey(f"control-{phase.name}", inputs, phase.config, ("torch", "numpy", "opencv-python-headless"))
     state = run_state(key)
@@ -123,7 +122,7 @@ def _phase(
         from edgepose.training.loop import RunOptions
 
         options = (folder, RunOptions(state, observer, workers))
-        return compress.recover(source, teacher, compress.StageData(train, dev), phase.config, options, stage="train")
+        return compress.recover(source, teacher, data, phase.config, options, stage="train")
 
     result = observed(key, work, observer)
     state.unlink(missing_ok=True)

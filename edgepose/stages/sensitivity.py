@@ -37,8 +37,9 @@ from edgepose.pose.metrics import available
 from edgepose.recipe import Importance
 from edgepose.spec import ModelSpec
 from edgepose.stages.cache import StageKey
-from edgepose.stages.compress import StageData, batches_of, ranked_channels
+from edgepose.stages.compress import batches_of, ranked_channels
 from edgepose.stages.networks import load_network
+from edgepose.stages.people import StageData
 from edgepose.stages.settings import PruneStage
 from edgepose.stages.source import Source
 from edgepose.training.loop import dev_metrics

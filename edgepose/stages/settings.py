@@ -236,7 +236,7 @@ def _recover(prune: Prune, seed: int) -> TrainConfig:
 
 _FIELDS = tuple(field.name for field in msgspec.structs.fields(TrainConfig))
 _SAID_ELSEWHERE = (
-    "epochs", "learning_rate", "distill_weight", "feature_weight", "seed", "sparsity", "dense", "bf16", "rendered",
+    "epochs", "learning_rate", "distill_weight", "feature_weight", "seed", "sparsity", "dense", "bf16",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from edgepose.export.half import half_onnx
 from edgepose.export.tensorrt import CAPABILITIES, PlanOrder, build_plan
 from edgepose.export.tensorrt_engine import EngineWish, tensorrt_engine
 from edgepose.profiles import load_target
-from edgepose.rebuild import build_bundle
+from edgepose.rebuild import BuildRequest, build_bundle
 from edgepose.runtime.provenance import Provenance, companions
 from edgepose.spec import Target, TensorrtBuild
 from tests.export.qdq_graphs import Net, clean
@@ -170,7 +170,9 @@ def test_ctrl_c_stops_it(tmp_path: Path) -> None:
 
 def test_bundle_gets_an_engine_that_says_it_has_not_run(tmp_path: Path) -> None:
     source: Bundle = spot_bundle(tmp_path)
-    bundle = build_bundle(source.root, ("rtx-desktop", "this-cpu"), tmp_path / "rtx.bundle", Watch()).bundle
+    bundle = build_bundle(
+        BuildRequest(source.root, ("rtx-desktop", "this-cpu"), tmp_path / "rtx.bundle"), Watch()
+    ).bundle
     verify_bundle(bundle.root)
     engine = bundle.manifest.engines[0]
     assert (engine.target, engine.backend, engine.precision) == ("rtx-desktop", "tensorrt-rtx", "fp16")
@@ -198,8 +200,8 @@ def test_engines_are_signed_for_other_machines(tmp_path: Path) -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ))  # fmt: skip
     source = spot_bundle(tmp_path)
-    signed = build_bundle(source.root, ("rtx-40",), tmp_path / "signed.bundle", Watch(), sign=key).bundle
-    plain = build_bundle(source.root, ("rtx-40",), tmp_path / "plain.bundle", Watch()).bundle
+    signed = build_bundle(BuildRequest(source.root, ("rtx-40",), tmp_path / "signed.bundle", sign=key), Watch()).bundle
+    plain = build_bundle(BuildRequest(source.root, ("rtx-40",), tmp_path / "plain.bundle"), Watch()).bundle
     assert "engines/rtx-40/tensorrt-rtx/engine.plan.sig" in signed.manifest.files
     assert "engines/rtx-40/tensorrt-rtx/engine.plan.sig" not in plain.manifest.files
 

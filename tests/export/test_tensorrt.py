@@ -421,7 +421,7 @@ def test_edgepose_build_makes_a_bundle_whose_engine_answers_as_recorded(
     from edgepose.bundle import BundleDraft, GoldenDraft, check_engine, verify_bundle, write_bundle
     from edgepose.golden import check_golden
     from edgepose.pose.codec import decode
-    from edgepose.rebuild import build_bundle
+    from edgepose.rebuild import BuildRequest, build_bundle
     from tests.tiny_checkpoint import Watch
 
     for module in ("edgepose.export.tensorrt", "edgepose.runtime.tensorrt"):
@@ -441,7 +441,7 @@ def test_edgepose_build_makes_a_bundle_whose_engine_answers_as_recorded(
         return Latency(1.0, 0.9, 1.1, 100, protocol.threads, protocol.batch)
 
     wanted = (str(tmp_path / "orin.yaml"),)
-    bundle = build_bundle(source.root, wanted, tmp_path / "new.bundle", watch, timer=timer).bundle
+    bundle = build_bundle(BuildRequest(source.root, wanted, tmp_path / "new.bundle"), watch, timer=timer).bundle
     verify_bundle(bundle.root)
     assert watch.ran == ["engine-tensorrt", "engine-onnxruntime"]
     engine, other = bundle.manifest.engines
@@ -449,7 +449,7 @@ def test_edgepose_build_makes_a_bundle_whose_engine_answers_as_recorded(
     session = open_engine(check_engine(bundle, engine), "tensorrt")
     assert check_golden(bundle, engine, session) is not None
     session.close()
-    again = build_bundle(source.root, wanted, tmp_path / "new.bundle", watch, timer=timer)
+    again = build_bundle(BuildRequest(source.root, wanted, tmp_path / "new.bundle"), watch, timer=timer)
     assert timed == ["tensorrt", "onnxruntime"]
     assert again.reused
     assert len(trt.built) == 1  # type: ignore[attr-defined]

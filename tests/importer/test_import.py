@@ -19,7 +19,7 @@ from edgepose.estimator import PoseEstimator
 from edgepose.golden import check_golden
 from edgepose.importer.bundle import ImportRequest, import_model
 from edgepose.importer.spec import parse_spec
-from edgepose.rebuild import build_bundle
+from edgepose.rebuild import BuildRequest, build_bundle
 from edgepose.runtime import open_session
 from edgepose.spec import Backend, ModelSpec
 from edgepose.stages.assemble import CompileResult
@@ -100,7 +100,7 @@ def test_a_target_that_fixes_the_batch_gets_engines_of_that_batch(tmp_path: Path
 
 def test_what_follows_works_on_it(imported: Imported, tmp_path: Path) -> None:
     result = imported("yolo-pose", 17)
-    rebuilt = build_bundle(result.bundle.root, ("x86-cpu",), tmp_path / "built.bundle", Watch()).bundle
+    rebuilt = build_bundle(BuildRequest(result.bundle.root, ("x86-cpu",), tmp_path / "built.bundle"), Watch()).bundle
     assert {engine.target for engine in rebuilt.manifest.engines} == {"x86-cpu"}
     engine = rebuilt.manifest.engines[0]
     session = open_session(check_engine(rebuilt, engine), engine.backend, threads=1)

@@ -27,7 +27,7 @@ from edgepose.stages import aim as aiming
 from edgepose.stages.aim import Run, aim
 from edgepose.stages.assemble import EngineOrder, engine_orders
 from edgepose.stages.cache import StageResult
-from edgepose.stages.compress import NETWORK, StageData, prune
+from edgepose.stages.compress import NETWORK, prune
 from edgepose.stages.latency import (
     PLAN,
     STAIR_COLUMNS,
@@ -40,6 +40,7 @@ from edgepose.stages.latency import (
     stair_rows,
     staircase_of,
 )
+from edgepose.stages.people import StageData
 from edgepose.stages.settings import Plan, PruneStage, QuantiseStage
 from edgepose.timing.turns import time_in_turns
 from tests.stages.size_clock import SizeClock

@@ -13,8 +13,9 @@ import torch
 
 from edgepose.blocks.card import Card, Lineage, read_card
 from edgepose.blocks.checkpoint import load_checkpoint, save_checkpoint
-from edgepose.stages.compress import NETWORK, StageData, prune, quantise, recover, reference
+from edgepose.stages.compress import NETWORK, prune, quantise, recover, reference
 from edgepose.stages.networks import load_network
+from edgepose.stages.people import StageData
 from edgepose.stages.settings import PruneStage, QuantiseStage
 from edgepose.training.loop import Interrupted, RunOptions, dev_metrics, fit
 from edgepose.training.predict import cut_crops, predict

@@ -11,10 +11,10 @@ import pytest
 
 from edgepose.blocks.card import Card, Lineage, read_card
 from edgepose.blocks.checkpoint import load_checkpoint, save_checkpoint
-from edgepose.data.coco import PoseDataset
 from edgepose.errors import CheckpointError, UsageError
 from edgepose.stages.cache import StageResult
 from edgepose.stages.control import control_phases, train_control
+from edgepose.stages.people import StageData
 from edgepose.stages.settings import Plan, PruneStage, QuantiseStage
 from edgepose.stages.source import Source
 from edgepose.training.loop import Interrupted
@@ -47,8 +47,8 @@ class Watch(Recorder):
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> tuple[PoseDataset, PoseDataset]:
-    return dots(tmp_path, "train", 16, seed=1), dots(tmp_path, "dev", 4, seed=2)
+def data(tmp_path: Path) -> StageData:
+    return StageData(dots(tmp_path, "train", 16, seed=1), dots(tmp_path, "dev", 4, seed=2))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_recipe_that_trains_nothing_has_no_control(plan: Plan) -> None:
 
 
 def test_the_control_is_trained_phase_by_phase_with_the_recipes_teachers(
-    source: Source, data: tuple[PoseDataset, PoseDataset], tmp_path: Path
+    source: Source, data: StageData, tmp_path: Path
 ) -> None:
     phases = train_control(source, data, PLAN, tmp_path / "control", (Watch(), 0))
     assert [phase.stage for phase in phases] == ["control-recover-1", "control-recover", "control-qat"]
@@ -97,7 +97,7 @@ def test_the_control_is_trained_phase_by_phase_with_the_recipes_teachers(
     assert read_card(tmp_path / "again").weights_sha256 == card.weights_sha256
 
 
-def test_a_stopped_control_goes_on(source: Source, data: tuple[PoseDataset, PoseDataset], tmp_path: Path) -> None:
+def test_a_stopped_control_goes_on(source: Source, data: StageData, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train_control(source, data, PLAN, tmp_path / "control", (Watch(stop_after=3), 0))  # in the second phase
     assert not (tmp_path / "control.safetensors").exists()
@@ -108,9 +108,7 @@ def test_a_stopped_control_goes_on(source: Source, data: tuple[PoseDataset, Pose
     assert not list((tmp_path / "cache" / "runs").glob("*.state"))
 
 
-def test_a_compressed_checkpoint_is_refused(
-    source: Source, data: tuple[PoseDataset, PoseDataset], tmp_path: Path
-) -> None:
+def test_a_compressed_checkpoint_is_refused(source: Source, data: StageData, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(source.path)
     card = msgspec.structs.replace(checkpoint.card, quantisation={})
     save_checkpoint(tmp_path / "int8", card, checkpoint.tensors)

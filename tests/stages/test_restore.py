@@ -20,8 +20,9 @@ from edgepose.errors import AccuracyRegression, AnnotationError, OnnxError, Usag
 from edgepose.recipe import MaxDrop, QuantiseAfterTraining, Recipe
 from edgepose.stages import restore as stage
 from edgepose.stages.budget import check_metric
-from edgepose.stages.compress import NETWORK, StageData, quantise
+from edgepose.stages.compress import NETWORK, quantise
 from edgepose.stages.networks import load_network
+from edgepose.stages.people import StageData
 from edgepose.stages.restore import Judge, prices_of, restored
 from edgepose.stages.settings import QuantiseStage
 from edgepose.training.loop import RunOptions, dev_metrics, fit

@@ -11,7 +11,8 @@ import pytest
 from edgepose.blocks.card import Card, OwnModule
 from edgepose.blocks.checkpoint import load_checkpoint, save_checkpoint
 from edgepose.errors import UsageError
-from edgepose.stages.compress import StageData, quantise
+from edgepose.stages.compress import quantise
+from edgepose.stages.people import StageData
 from edgepose.stages.sensitivity import ScanSettings, _place, scan_sensitivity
 from edgepose.stages.settings import QuantiseStage
 from edgepose.stages.source import Source

@@ -104,7 +104,7 @@ def test_fine_tuning_takes_what_training_takes() -> None:
     [
         ("{optimiser: muon}", ["prune.training.optimiser", "did you mean 'optimizer'"]),
         ("{epochs: 3}", ["prune.training.epochs", "field of that name"]),
-        ("{rendered: 0.5}", ["prune.training.rendered"]),
+        ("{rendered: 1.5}", ["prune.training", "rendered"]),
         ("{batch_size: 1}", ["prune.training", ">= 2", "batch_size"]),
         ("{optimizer: sgd}", ["prune.training", "sgd"]),
         ("{augment: {cutouts: 0.1}}", ["prune.training", "cutouts"]),

@@ -25,8 +25,9 @@ from edgepose.pose.preprocess import network_input
 from edgepose.recipe import Export
 from edgepose.runtime import open_session
 from edgepose.stages.cache import StageResult
-from edgepose.stages.compress import NETWORK, StageData, quantise
+from edgepose.stages.compress import NETWORK, quantise
 from edgepose.stages.export import ENDED, FLOAT_ONNX, MODEL, ends_of, export
+from edgepose.stages.people import StageData
 from edgepose.stages.settings import QuantiseStage
 from edgepose.stages.side_by_side import GAP_POINTS, Form, _bounds, form_of, side_by_side
 from edgepose.stages.source import Source

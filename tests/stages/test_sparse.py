@@ -16,9 +16,10 @@ from edgepose.blocks.checkpoint import save_checkpoint
 from edgepose.compress.plan import PruningPlan
 from edgepose.compress.sparsity import check_pattern, sparsify
 from edgepose.errors import CheckpointError, ParityError
-from edgepose.stages.compress import NETWORK, StageData, prune, quantise, recover
+from edgepose.stages.compress import NETWORK, prune, quantise, recover
 from edgepose.stages.export import FLOAT_ONNX, MODEL, export
 from edgepose.stages.networks import load_network
+from edgepose.stages.people import StageData
 from edgepose.stages.settings import PruneStage, QuantiseStage
 from edgepose.training.loop import RunOptions
 from tests.training.dots import CONFIG, KEYPOINTS, dots, network
