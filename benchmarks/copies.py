@@ -129,7 +129,7 @@ def disturb(network: Path, sigma: float, out: Path) -> int:
 # ------------------------------------------------------------------------------------------------------------- slower
 
 
-def burden(network: Path, convolutions: int, out: Path) -> None:
+def burden(network: Path, convolutions: int, out: Path, *, stride: int = _STRIDE) -> None:
     """Writes a copy of an ONNX file that also runs a chain of convolutions on its input.
 
     The chain's mean is multiplied by 1e-30 and added to the first output: far below the last bit of any answer, but no
@@ -138,6 +138,7 @@ def burden(network: Path, convolutions: int, out: Path) -> None:
     Args:
         network: The file; its input is (N, 3, h, w) float32.
         convolutions: How many 3 x 3 convolutions follow the first one.
+        stride: Of the first one: the larger, the less each of the others costs.
         out: Where the copy goes.
     """
     model = onnx.load(network)
@@ -163,7 +164,7 @@ def burden(network: Path, convolutions: int, out: Path) -> None:
         graph.node.append(helper.make_node("Relu", [f"burden_conv_{number}"], [f"burden_relu_{number}"]))
         return f"burden_relu_{number}"
 
-    source = convolution(graph.input[0].name, 0, 3, 5, _STRIDE)
+    source = convolution(graph.input[0].name, 0, 3, 5, stride)
     for number in range(1, convolutions + 1):
         source = convolution(source, number, _SPARE, 3, 1)
     output = graph.output[0]

@@ -566,13 +566,17 @@ def _network_file(exported: StageResult) -> Path:
     return next(path for path in (exported.path / name for name in names) if path.exists())
 
 
+_COMPRESSING = ("sparse", "prune", "recover", "ptq", "qat")
+"""What stages of a lineage that compress are called, or begin with where there are several."""
+
+
 def _chain(build: _Build) -> dict[str, str]:
     """The same whether the compressed checkpoint was made now, found in the zoo or handed over."""
     card = read_card(build.checkpoint)
     trained = [place for place, entry in enumerate(card.lineage) if entry.stage == "train"]
     last = trained[-1] if trained else -1  # what came before it, the weights that training began with included
     chain = {"dataset": card.lineage[last].inputs["train"]} if trained and "train" in card.lineage[last].inputs else {}
-    compression = [entry for entry in card.lineage[last + 1 :] if entry.stage != "transfer"]
+    compression = [entry for entry in card.lineage[last + 1 :] if entry.stage.partition("-")[0] in _COMPRESSING]
     if not compression:
         return {**chain, "checkpoint": card.weights_sha256}
     chain["checkpoint"] = compression[0].inputs["checkpoint"]

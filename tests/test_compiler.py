@@ -499,7 +499,9 @@ def test_the_chain_begins_with_the_last_training(tiny: Tiny, tmp_path: Path) -> 
     checkpoint = load_checkpoint(tiny.checkpoint)
     first = Lineage("train", {}, {"train": "other people"}, {})
     transferred = Lineage("transfer", {}, {"checkpoint": "c" * 64}, {})
-    card = msgspec.structs.replace(checkpoint.card, lineage=(first, transferred, *checkpoint.card.lineage))
+    calibrated = Lineage("calibrate", {}, {"dev": "d" * 64}, {})
+    lineage = (first, transferred, *checkpoint.card.lineage, calibrated)
+    card = msgspec.structs.replace(checkpoint.card, lineage=lineage)
     copy_checkpoint(tiny.checkpoint, tmp_path / "moved", card)
     request = request_of(tiny, quick("fp32"), tmp_path / "moved.bundle", model=str(tmp_path / "moved"))
     chain = compile_bundle(request).bundle.manifest.chain
