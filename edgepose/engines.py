@@ -6,14 +6,17 @@ Invariant: an engine is opened only after its digest was checked, and never inst
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from edgepose.bundle import Bundle, check_engine
+from edgepose.bundle import Bundle, check_engine, read_bundle
 from edgepose.errors import BackendUnavailable, EnvironmentFault, IntegrityError, MissingDependency, UsageError
 from edgepose.runtime import EXECUTABLE, Session, extra_of, installed_backends, open_session
 from edgepose.runtime.provenance import ForeignEngine
 from edgepose.spec import Backend, Engine, Execution, Precision
+
+if TYPE_CHECKING:
+    from edgepose.runtime.isolated import IsolatedSession
 
 _log = logging.getLogger("edgepose")
 
@@ -121,8 +124,46 @@ def open_engine(bundle: Bundle, engine: Engine, threads: int | None, execution: 
     )
 
 
+def open_isolated(bundle: Bundle, engine: Engine, threads: int | None, execution: Execution | None) -> IsolatedSession:
+    """`open_engine` in a process of its own, for engines that can take theirs down.
+
+    Raises:
+        IntegrityError: As `open_engine`.
+        EnvironmentFault: As `open_engine`, or the process cannot be started.
+    """
+    from edgepose.runtime.isolated import IsolatedSession
+
+    told = {"root": str(bundle.root), "digest": bundle.digest, "path": engine.path, "backend": engine.backend}
+    return IsolatedSession(f"{__name__}:open_at", {**told, "threads": threads, "execution": execution})
+
+
+def open_at(
+    *, root: str, digest: str, path: str, backend: Backend, threads: int | None, execution: Execution | None
+) -> Session:
+    """`open_engine` by where the bundle and the engine lie, and the digest that the bundle had.
+
+    Raises:
+        IntegrityError: As `open_engine`, or another bundle lies there now.
+        EnvironmentFault: As `open_engine`.
+    """
+    bundle = read_bundle(root)
+    if bundle.digest != digest:
+        found = f"digest {bundle.digest[:12]}…"
+        raise IntegrityError(f"bundle {root}", found=found, expected=f"{digest[:12]}…, which was opened before")
+    return open_engine(bundle, named_engine(bundle, path, backend), threads, execution)
+
+
+Opener = Callable[[Bundle, Engine, int | None, Execution | None], Session]
+"""`open_engine` or `open_isolated`."""
+
+
 def open_first(
-    bundle: Bundle, candidates: Sequence[tuple[Engine, int | None]], execution: Execution | None, *, named: bool
+    bundle: Bundle,
+    candidates: Sequence[tuple[Engine, int | None]],
+    execution: Execution | None,
+    *,
+    named: bool,
+    opener: Opener = open_engine,
 ) -> Opened:
     """Opens the first that runs here.
 
@@ -132,6 +173,7 @@ def open_first(
             engine was made for.
         execution: The rest; None takes what each engine was made for.
         named: Whether the user asked for this backend, so that nothing else may be run instead of the first.
+        opener: Loads one.
 
     Raises:
         IntegrityError: An engine was changed since the bundle was written, or all of them are for other machines.
@@ -140,7 +182,7 @@ def open_first(
     faults: list[IntegrityError | EnvironmentFault] = []
     for place, (engine, threads) in enumerate(candidates):
         try:
-            session = open_engine(bundle, engine, threads, execution)
+            session = opener(bundle, engine, threads, execution)
         except (ForeignEngine, EnvironmentFault) as err:
             if named:
                 raise

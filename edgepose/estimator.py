@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgepose.bundle import Bundle, read_bundle
-from edgepose.engines import Opened, open_engine, open_first, runnable_engines
+from edgepose.engines import Opened, open_engine, open_first, open_isolated, runnable_engines
 from edgepose.errors import SpecError, UsageError
 from edgepose.golden import check_golden
 from edgepose.network import MAX_BATCH, Network
@@ -81,12 +81,15 @@ class EstimatorOptions:
         flip_test: Show each crop mirrored as well and average the two answers: a little better, and twice the work.
         execution: Providers, device and the rest; None takes what the engine was made for.
         strict: Raise where the chosen engine fails, instead of answering by the next one.
+        isolated: Run engines in processes of their own, which are ended and replaced when they crash or hang: for
+            backends that can take their process down, such as CUDA; each megabyte in or out costs about a millisecond.
         told: Told while engines are measured: what is measured, how many settings are done, how many there are.
     """
 
     flip_test: bool = False
     execution: Execution | None = None
     strict: bool = False
+    isolated: bool = False
     told: Callable[[str, int, int], None] | None = None
 
 
@@ -336,7 +339,8 @@ def _open(bundle: Bundle, wishes: _Wishes, *, golden: bool = False) -> tuple[Gua
 
         asked = Wishes(cast("Aim", aim), wishes.threads, options.execution)  # an aim that is none is refused there
         selection, order = preferred(bundle, candidates, asked, options.told)
-    opened = open_first(bundle, order, options.execution, named=wishes.backend is not None)
+    opener = open_isolated if options.isolated else open_engine
+    opened = open_first(bundle, order, options.execution, named=wishes.backend is not None, opener=opener)
     engine, spec = opened.engine, bundle.manifest.spec
     if golden:
         try:
@@ -365,11 +369,12 @@ def _open(bundle: Bundle, wishes: _Wishes, *, golden: bool = False) -> tuple[Gua
 def _guarded(bundle: Bundle, opened: Opened, options: EstimatorOptions, selection: Selection | None) -> Guard:
     """The engines that are left as one session that outlives those that fail."""
     times_ms = {(t.engine, t.backend): t.ms or 0.0 for t in reversed(selection.trials)} if selection else {}
+    opener = open_isolated if options.isolated else open_engine
     kept = ((opened.engine, opened.threads), *(() if options.strict else opened.rest))
     engines = [
         Standby(
             engine.backend,
-            partial(open_engine, bundle, engine, threads, options.execution),
+            partial(opener, bundle, engine, threads, options.execution),
             max(PATIENCE_S, _PATIENCE * times_ms.get((engine.path, engine.backend), 0.0) * MAX_BATCH / 1e3),
         )
         for engine, threads in kept

@@ -300,18 +300,18 @@ def soak_growth(context: Context) -> Measured:
 def faults_survived(context: Context) -> Measured:
     """Injected faults after which the frame had the right answer, marked as degraded, within a second."""
     from benchmarks.faults import KINDS, Faulty
-    from edgepose.engines import choose_engine, open_engine
+    from edgepose.engines import choose_engine, open_engine, open_isolated
     from edgepose.estimator import PoseEstimator
     from edgepose.runtime.guard import Guard, Standby
     from edgepose.timing.engine_stages import synthetic_frame
 
     bundle = small(context)
     engine = choose_engine(bundle, "onnxruntime")
-    faulty = Faulty(open_engine(bundle, engine, THREADS, None))
+    faulty = Faulty(lambda: open_isolated(bundle, engine, THREADS, None))
     guard = Guard(
         faulty,
         [
-            Standby("first", lambda: faulty, patience_s=0.3),
+            Standby("first", faulty.opened, patience_s=0.3),
             Standby("second", lambda: open_engine(bundle, engine, THREADS, None)),
         ],
         clock=itertools.count(0, 1000.0).__next__,  # a failed engine is given its next chance at once
@@ -331,6 +331,7 @@ def faults_survived(context: Context) -> Measured:
             survived += good
             if not good:
                 wrong.append(kind)
+    faulty.end()
     text = f"{survived} of {_FAULTS} ({', '.join(KINDS)} in turn), the slowest answer after {slowest_s:.2f} s"
     return Measured(survived, text, {"kinds": list(KINDS), "wrong": wrong, "slowest_s": slowest_s})
 

@@ -109,6 +109,10 @@ SecondsFlag = Annotated[
 ]
 ConvertFlag = Annotated[bool, typer.Option("--convert", help="Take grey photographs and such with an alpha channel.")]
 ShortFlag = Annotated[bool, typer.Option("--allow-short", help="Take a video that ends before its header says.")]
+IsolatedFlag = Annotated[
+    bool,
+    typer.Option("--isolated", help="Run engines in processes of their own, replaced when they crash or hang."),
+]
 ForceFlag = Annotated[bool, typer.Option("--force", help="Replace a folder of pictures that is at --out.")]
 
 
@@ -134,6 +138,7 @@ def run(
     strict: StrictFlag = False,
     threads: ThreadsFlag = None,
     aim: AimFlag = None,
+    isolated: IsolatedFlag = False,
     flip_test: FlipTestFlag = False,
     min_score: MinScoreFlag = 0.3,
     max_oks: OksFlag = None,
@@ -153,7 +158,7 @@ def run(
     inputs = [path for path in (Path(source), bundle, boxes, detector) if path is not None]
     check_outputs([out, json, coco_results], inputs)
     wanted, execution = checked_execution(checked_backend(backend), provider, device, strict=strict)
-    opening = _Opening(wanted, threads, checked_precision(precision), execution, checked_aim(aim), strict)
+    opening = _Opening(wanted, threads, checked_precision(precision), execution, checked_aim(aim), strict, isolated)
     opened = open_source(source, policy="every" if every_frame else "latest")
     with nullcontext() if opened.live is None else opened.live:
         if out is not None:
@@ -189,12 +194,13 @@ class _Opening:
     execution: Execution | None
     aim: Aim | Literal["none"] | None
     strict: bool
+    isolated: bool
 
     def open(self, bundle: Path, *, flip_test: bool = False) -> PoseEstimator:
         """The network of a bundle; shows progress where there is something to measure first."""
         wishes = self.backend, self.threads, self.precision
         with steps() as shown:
-            options = EstimatorOptions(flip_test, self.execution, self.strict, shown.told)
+            options = EstimatorOptions(flip_test, self.execution, self.strict, self.isolated, shown.told)
             return PoseEstimator.from_bundle(bundle, *wishes, aim=self.aim, options=options)
 
 

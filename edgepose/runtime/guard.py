@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 
 from edgepose.errors import EnvironmentFault
+from edgepose.runtime.isolated import IsolatedSession
 from edgepose.runtime.session import Array, ClosedSession, Session, SessionFacts, check_feeds, facts_of
 from edgepose.spec import TensorSpec
 
@@ -67,7 +68,8 @@ class Guard:
 
     An engine that fails is closed and left alone for a second, then two, four, up to five minutes, and one that hangs
     for a minute at first; then it is tried again. The frame at hand goes to the next engine. An engine that hangs
-    cannot be stopped from outside: its thread is left to itself, and closes it should it ever come back.
+    cannot be stopped from outside unless it is isolated: its thread is left to itself, and closes it should it ever
+    come back.
 
     Args:
         first: The preferred engine, loaded already.
@@ -215,10 +217,13 @@ class _Thread:
             return said
 
     def end(self) -> None:
-        """Closes the session as soon as it is idle, and waits for that unless it hangs."""
+        """Closes the session as soon as it is idle, and waits for that unless it hangs and nobody can stop it."""
         self._asked.put(None)
-        if not self.hangs:
-            self._thread.join()
+        if self.hangs:
+            if not isinstance(self.session, IsolatedSession):
+                return
+            self.session.abandon()
+        self._thread.join()
 
     def _serve(self) -> None:
         while (request := self._asked.get()) is not None:
