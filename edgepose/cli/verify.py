@@ -35,6 +35,7 @@ EXAMPLES = (
     "edgepose verify kpe-s.bundle",
     "edgepose verify kpe-s.bundle --provider cuda --strict",
     "edgepose verify kpe-s.bundle --hashes-only",
+    "edgepose verify kpe-s.bundle --kit golden",
     "edgepose verify kpe-s.bundle --json",
 )
 
@@ -79,6 +80,15 @@ def verify(
     provider: ProviderFlag = None,
     device: DeviceFlag = None,
     strict: StrictFlag = False,
+    kit: Annotated[
+        Path | None,
+        typer.Option(
+            "--kit",
+            metavar="DIR",
+            help="Write what a program in another language has to reproduce: frames, boxes, the network's input, its "
+            "outputs and keypoints as .npy, tolerances as JSON.",
+        ),
+    ] = None,
     json: StdoutJsonFlag = False,
 ) -> int:
     """Check every byte of a bundle, then run each engine on the bundle's golden inputs.
@@ -105,7 +115,12 @@ def verify(
     elif checks:
         cells = [(c.engine, f"{c.backend} {c.precision}", _WORDS[c.outcome], c.runs, c.detail) for c in checks]
         show_table(("engine", "runtime", "outcome", "runs", ""), cells)
-    return _conclude(bundle, checks)
+    code = _conclude(bundle, checks)
+    if kit is not None:
+        from edgepose.golden_kit import write_kit
+
+        note(f"wrote {kit}: {write_kit(checked, kit)} people")
+    return code
 
 
 def _check(bundle: Bundle, engine: Engine, threads: int | None, execution: Execution | None) -> EngineCheck:
