@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.foreign import HeatmapNet, export
 from edgepose.bundle import read_bundle
 from tests.cli.conftest import BLUE, RED, Cli, disk_of
-from tests.importer.networks import HeatmapNet, export
 
 SPEC = """
 name: spots
