@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from numpy.typing import NDArray  # noqa: E402
 from benchmarks.command import command  # noqa: E402
 from edgepose import stats  # noqa: E402
 from edgepose.cli.console import steps  # noqa: E402
-from edgepose.errors import IntegrityError, UsageError  # noqa: E402
+from edgepose.errors import EnvironmentFault, IntegrityError, UsageError  # noqa: E402
 from edgepose.host import fingerprint  # noqa: E402
 from edgepose.profiler.gate.judge import latency_zone  # noqa: E402
 from edgepose.profiler.gate.rules import LatencyRule, load_rules, protocol_of  # noqa: E402
@@ -54,6 +55,7 @@ _THREADS = 1
 _PLACES = 5  # decimals of a log-ratio: a thousandth of a per cent
 _CALIBRATION = LatencyProtocol(pairs=4, blocks=40, dropped_blocks=10, threads=_THREADS)
 _NEAR = 0.005
+_SETTLE_S = 1.0
 
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -208,13 +210,16 @@ def measure(arms: Arms, rule: LatencyRule, number: int) -> Gate:
 
 
 @contextmanager
-def loaded() -> Iterator[None]:
+def loaded() -> Iterator[subprocess.Popen[bytes]]:
     """One process beside the block that multiplies matrices without an end."""
     busy = "import numpy as np\na = np.random.rand(300, 300)\nwhile True: a @ a"
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", busy], env={**one, "PATH": ""})
+    process = subprocess.Popen([sys.executable, "-c", busy], env=os.environ | one)
     try:
-        yield
+        time.sleep(_SETTLE_S)
+        if process.poll() is not None:
+            raise EnvironmentFault("load beside the gates", found="a process that ended", expected="one that is busy")
+        yield process
     finally:
         process.kill()
         process.wait()
@@ -254,7 +259,7 @@ def _arrays(pairs: Sequence[Sequence[float]]) -> list[NDArray[np.float64]]:
 
 
 def network_of(folder: Path) -> Path:
-    """The ONNX file of the engine that is gated: kpe-s in INT8, some milliseconds on one thread.
+    """The ONNX file of the engine that is gated: the compressed kpe-s.
 
     Args:
         folder: Where it is made.

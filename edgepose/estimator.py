@@ -82,7 +82,7 @@ class EstimatorOptions:
         execution: Providers, device and the rest; None takes what the engine was made for.
         strict: Raise where the chosen engine fails, instead of answering by the next one.
         isolated: Run engines in processes of their own, which are ended and replaced when they crash or hang: for
-            backends that can take their process down, such as CUDA; each megabyte in or out costs about a millisecond.
+            backends that can take their process down, such as CUDA. Arrays are copied there and back.
         told: Told while engines are measured: what is measured, how many settings are done, how many there are.
     """
 

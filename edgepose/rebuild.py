@@ -139,8 +139,10 @@ def _recipe_of(bundle: Bundle) -> Recipe | None:
     origin = bundle.manifest.reports.get("compile") or bundle.manifest.reports.get("build")
     while isinstance(origin, Mapping) and "recipe" not in origin:  # it was built from another bundle
         origin = origin.get("before")
+    if not isinstance(origin, Mapping):
+        return None
     try:
-        return None if origin is None else msgspec.convert(origin["recipe"], Recipe)
+        return msgspec.convert(origin["recipe"], Recipe)
     except msgspec.ValidationError:
         return None  # of another version
 

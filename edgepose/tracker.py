@@ -124,7 +124,7 @@ class PoseTracker:
         around = joint_boxes(poses.keypoints, poses.scores, min_score=options.min_score, margin=options.margin)
         if boxes is None and options.follow:
             here = np.isfinite(around).all(axis=1)
-            if not here.all():
+            if since and not here.all():  # somebody who was followed; what the detector has just found may be nobody
                 since = None
             poses, around = poses.take(np.flatnonzero(here)), around[here]
         if options.max_oks is not None:

@@ -376,15 +376,17 @@ def test_missing_data(name: str, tiny: Tiny, tmp_path: Path) -> None:
 def test_rendered_people_fill_the_share_that_the_recipe_says(tiny: Tiny, tmp_path: Path) -> None:
     recipe = quick("prune-qat-int8")
     assert recipe.prune is not None
-    prune = msgspec.structs.replace(recipe.prune, training={"batch_size": 8, "rendered": 0.25})
-    recipe = msgspec.structs.replace(recipe, prune=prune)
+    share = {"batch_size": 8, "rendered": 0.25}
+    prune, quantise = (msgspec.structs.replace(part, training=share) for part in (recipe.prune, recipe.quantise))
+    recipe = msgspec.structs.replace(recipe, prune=prune, quantise=quantise)
     refused(request_of(tiny, recipe, tmp_path / "out.bundle"), UsageError, "--rendered: found no folder, and a recipe")
     request = request_of(tiny, recipe, tmp_path / "out.bundle", rendered=tiny.data)
     compile_bundle(request, watch := Watch())
     lossy = [stage for stage in watch.stages if stage.stage in ("prune", "recover", "qat")]
     made = {stage.stage: read_card(stage.path / "network").lineage[-1] for stage in lossy}
-    assert made["recover"].inputs["rendered"] == dataset(tiny.data, "train").digest
-    assert "rendered" not in made["prune"].inputs | made["qat"].inputs
+    rendered = dataset(tiny.data, "train").digest
+    assert made["recover"].inputs["rendered"] == made["qat"].inputs["rendered"] == rendered
+    assert "rendered" not in made["prune"].inputs
     plain = request_of(tiny, quick("ptq-int8"), tmp_path / "other.bundle", rendered=tiny.data)
     refused(plain, UsageError, "--rendered: found a recipe that fills no batch with them")
 

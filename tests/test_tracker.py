@@ -129,6 +129,14 @@ def test_detector_looks_again_when_somebody_got_lost() -> None:
     assert detector.looked == 2
 
 
+def test_what_the_detector_finds_and_is_nobody_costs_no_further_looks() -> None:
+    people = [(60.0, 100.0)]
+    detector = FakeDetector([*people, (250.0, 60.0)])  # a coat on a hook
+    follow = tracker(FakeEstimator(people), detector, TrackerOptions(smooth=None, detect_every=4))
+    assert [len(follow(FRAME, frame / 25)) for frame in range(8)] == [1] * 8
+    assert detector.looked == 2  # at 0 and 4
+
+
 def test_while_nobody_is_there_the_detector_looks_at_every_frame() -> None:
     estimator, detector = FakeEstimator([]), FakeDetector([])
     follow = tracker(estimator, detector)

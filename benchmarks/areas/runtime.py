@@ -31,7 +31,7 @@ from edgepose.errors import EnvironmentFault, MissingDependency
 from edgepose.spec import Backend, Execution, OpenvinoOptions
 from edgepose.timing.record import CallableArm
 
-NETWORK = "kpe-t"  # about a millisecond in INT8: whatever the runtime adds shows most on the smallest network
+NETWORK = "kpe-t"  # whatever the runtime adds shows most on the smallest network
 _ARMS = "benchmarks.runtime_arms"
 _SOAK, _FULL_SOAK = 60_000, 1_000_000
 _FAULTS = 500
@@ -84,6 +84,7 @@ def _calls(bundle: Bundle, backend: Backend) -> tuple[Callable[[], object], Call
     name = session.inputs[0].name
     feeds = {name: images}
     if backend == "onnxruntime":
+        # The library's own object inside the session: the point is to time the very same one.
         library, names = vars(session)["_session"], [tensor.name for tensor in session.outputs]
         return lambda: session.infer(feeds), lambda: library.run(names, feeds)
     request = vars(session)["_requests"][0]

@@ -1,8 +1,8 @@
 """Who is who from one frame of a video to the next, and where to look for them there.
 
 People are matched by how alike their poses are (OKS) and how much their boxes overlap, best pair first. People move
-little between frames, so that neither a motion model nor an optimal assignment changes the answer except where people
-cross; where they cross, both would need appearance.
+little between frames, which is why there is neither a motion model nor an optimal assignment; where people cross behind
+each other they may swap numbers, and telling them apart would need their looks.
 
 Invariant: pure functions over arrays; a state that is handed in is never changed, and no two people of a frame share an
 identity, nor does a new person get one that was somebody's before.

@@ -17,7 +17,6 @@ from queue import Empty, SimpleQueue
 import numpy as np
 
 from edgepose.errors import EnvironmentFault
-from edgepose.runtime.isolated import IsolatedSession
 from edgepose.runtime.session import Array, ClosedSession, Session, SessionFacts, check_feeds, facts_of
 from edgepose.spec import TensorSpec
 
@@ -220,9 +219,10 @@ class _Thread:
         """Closes the session as soon as it is idle, and waits for that unless it hangs and nobody can stop it."""
         self._asked.put(None)
         if self.hangs:
-            if not isinstance(self.session, IsolatedSession):
+            abandon = getattr(self.session, "abandon", None)  # of a session in a process of its own
+            if abandon is None:
                 return
-            self.session.abandon()
+            abandon()
         self._thread.join()
 
     def _serve(self) -> None:

@@ -2,10 +2,10 @@
 native code, a hang in a driver) ends that process and no other.
 
 Invariant: an inference is answered whole or raises; the process ends when the session is closed, when it is abandoned,
-or when whoever started it ends, whatever it is doing.
+or, unless native code holds its interpreter, about a second after whoever started it has ended.
 
-Arrays are copied through a pipe in both directions, which costs about a millisecond per megabyte: for backends that
-can poison their process, not for those of the CPU.
+Arrays are copied through a pipe in both directions, which takes time that grows with them: for backends that can poison
+their process, not for those of the CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -27,8 +28,9 @@ from edgepose.runtime.session import Array, ClosedSession, SessionFacts, check_f
 from edgepose.spec import TensorSpec
 
 _START_S = 120.0
-"""How long a process may take to load an engine: TensorRT's first one reads a gigabyte of libraries."""
+"""How long a process may take to load an engine."""
 _FAREWELL_S = 5.0
+_LOOK_S = 1.0
 
 
 class IsolatedSession:
@@ -183,8 +185,16 @@ def _portable(err: Exception) -> Exception:
     return err if isinstance(err, EdgeposeError) else EnvironmentFault("engine", found=f"{type(err).__name__}: {err}")
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has: in the middle of an inference nobody looks at the pipe."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os._exit(1)
+
+
 def main() -> None:
     """The program of the other process; what libraries print goes to the standard error."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     requests, replies = Connection(os.dup(0), writable=False), Connection(os.dup(1), readable=False)
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)

@@ -261,7 +261,7 @@ def quantise(
         wrapped, report["max_drop"] = restored(wrapped, config.max_drop, judge)
         if report["max_drop"]["path"]:
             report["dev_all_integer"], report["dev"] = report["dev"], _figures(wrapped, spec, data)
-    card = _grown(checkpoint, config.name, config, data.digests, report)
+    card = _grown(checkpoint, config.name, config, data.digests_for(config.training), report)
     card = msgspec.structs.replace(card, quantisation=msgspec.to_builtins(placement_of(wrapped)))
     save_checkpoint(run[0] / NETWORK, card, tensors_of(wrapped))
     return report

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,9 +78,19 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         counted("aa", RULE, tmp_path)
 
 
+def used(pid: int) -> float:
+    """Seconds of processor time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_load_ends_with_the_block() -> None:
-    with gate_selftest.loaded():
-        pass
+    with gate_selftest.loaded() as process:
+        before = used(process.pid)
+        time.sleep(0.5)
+        assert process.poll() is None
+        assert used(process.pid) - before > 0.1  # it does compute, as far as other work lets it
+    assert process.poll() is not None
 
 
 # Accuracy

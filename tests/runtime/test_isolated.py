@@ -130,10 +130,12 @@ def test_a_frozen_program_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         IsolatedSession(f"{__name__}:odd", {})
 
 
-def test_the_process_ends_with_its_parent() -> None:
+@pytest.mark.parametrize("what", [0, 2])
+def test_the_process_ends_with_its_parent_even_while_it_hangs(what: int) -> None:
     code = (
-        "import os, sys; from edgepose.runtime.isolated import IsolatedSession as S\n"
-        f"s = S({__name__ + ':odd'!r}, {{}}); print(s._process.pid, flush=True); os._exit(0)"
+        "import os, threading, time; from tests.runtime.test_isolated import *\n"
+        f"s = IsolatedSession({__name__ + ':odd'!r}, {{}}); print(s._process.pid, flush=True)\n"
+        f"threading.Thread(target=s.infer, args=(asking({what}),), daemon=True).start(); time.sleep(0.5); os._exit(0)"
     )
     import subprocess
 
