@@ -157,6 +157,8 @@ def run(
     """
     inputs = [path for path in (Path(source), bundle, boxes, detector) if path is not None]
     check_outputs([out, json, coco_results], inputs)
+    if json == coco_results == STDOUT:
+        raise UsageError("--coco-results -", found="--json - as well", expected="one of them on stdout")
     wanted, execution = checked_execution(checked_backend(backend), provider, device, strict=strict)
     opening = _Opening(wanted, threads, checked_precision(precision), execution, checked_aim(aim), strict, isolated)
     opened = open_source(source, policy="every" if every_frame else "latest")

@@ -87,7 +87,7 @@ def import_model(request: ImportRequest, observer: StageObserver) -> CompileResu
     for order in orders:
 
         def work(folder: Path, order: EngineOrder = order) -> dict[str, Any]:
-            model = with_batch(converted.path / MODEL, spec, order, folder)
+            model = _with_batch(converted.path / MODEL, spec, order, folder)
             return timed(order, folder, engine_from_onnx(model, "float", order.backend, reference, folder))
 
         engines.append((order, observed(order.key({"import": converted.key}), work, observer)))
@@ -113,7 +113,7 @@ def import_model(request: ImportRequest, observer: StageObserver) -> CompileResu
     return finished_bundle(request.out, key, stages, draft, replace=request.replace)
 
 
-def with_batch(model: Path, spec: ModelSpec, order: EngineOrder, folder: Path) -> Path:
+def _with_batch(model: Path, spec: ModelSpec, order: EngineOrder, folder: Path) -> Path:
     """The network with the batch that a target fixes; as it is where the target or the network leaves none to fix.
 
     Args:

@@ -165,6 +165,7 @@ def test_ctrl_c_ends_a_camera_as_its_last_frame_would(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["photo.png", "--json", "-", "--coco-results", "-"], "--coco-results -: found --json - as well"),
         (["photo.png", "--track"], "--track: found photo.png, which has no time, expected a video or a camera"),
         (["photo.png", "--seconds", "3"], "--seconds: found photo.png, which has no time"),
         (["photo.png", "--every-frame"], "--every-frame: found photo.png, of which every frame is taken anyway"),
