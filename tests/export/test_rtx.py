@@ -234,5 +234,8 @@ def test_networks_of_the_zoo_compile_for_every_capability(name: str, tmp_path: P
     found = tensorrt_engine(tmp_path / FLOAT_ONNX, wish, reference, tmp_path / "fp16")
     assert found["tensorrt"]["capabilities"] == PROMISED
     assert found["tensorrt"]["profiles"] == ((1, 8, 64),)
-    assert found["arithmetic"]["achieved"] == {"fp16": 1.0}
+    assert not found["arithmetic"][
+        "otherwise"
+    ]  # all as asked for; of ORN, which reads places off maps, a trace is fp32
+    assert found["arithmetic"]["achieved"]["fp16"] > 0.999
     assert found["shift"]["median_px"] <= 0.5
